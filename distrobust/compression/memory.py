@@ -1,0 +1,104 @@
+"""The residual of one parameter: what was accumulated and not yet sent.
+
+Deep Gradient Compression (Lin et al., ICLR 2018), sections 3.2 and 3.3, algorithm 4. Letters: g local gradient,
+w weight, u velocity, v accumulated velocity, m momentum, N workers, S the coordinates sent.
+
+    g <- g * min(1, clip / (sqrt(N) ||g||))     local gradient clipping, per tensor
+    g <- g + weight_decay * w                   coupled weight decay, before accumulation
+    u <- m u + g                                momentum correction
+    v <- v + u                 (Nesterov: v <- v + g + m u)
+    v[S] <- v[S] - sent;  u[S] <- 0             momentum factor masking
+
+Differences from the paper: what leaves v is what receivers decode (rounding stays), not v[S]; for Nesterov u holds
+torch's momentum buffer, so that the paper's u is m times ours and the two forms agree. Momentum 0 is plain error feedback,
+for optimizers with a momentum of their own; it keeps no u.
+
+A step is written to a second pair of buffers, so that a step that must not happen is dropped without a trace, to the
+bit, whatever the gradient held: in-place sums cannot be undone once a NaN went in. Price: 2 n more floats.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distrobust.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one parameter accumulates. `clip` is the threshold of the global batch's gradient norm, for this tensor."""
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    masking: bool = True
+    clip: float | None = None
+
+
+class Residual:
+    """u and v of one parameter, flat float32 in the order of the parameter's storage.
+
+    `settled`: v is zero and u is the same on every rank, as after a dense step. True for a new residual.
+    """
+
+    def __init__(self, n: int, rule: Rule, device: torch.device) -> None:
+        self.rule = rule
+        self.settled = True
+        self.v, self.next_v = torch.zeros(n, device=device), torch.zeros(n, device=device)
+        size = n if rule.momentum else 0
+        self.u, self.next_u = torch.zeros(size, device=device), torch.zeros(size, device=device)
+
+    def commit(self, settled: bool) -> None:
+        """The step written to next_u and next_v happened. Not calling this drops it."""
+        self.u, self.next_u = self.next_u, self.u
+        self.v, self.next_v = self.next_v, self.v
+        self.settled = settled
+
+    def load(self, u: Tensor, v: Tensor, settled: bool) -> None:
+        """Takes flat u and v of the same sizes; raises CheckpointError otherwise."""
+        if u.numel() != self.u.numel() or v.numel() != self.v.numel():
+            raise CheckpointError(
+                f"residual of {u.numel()} + {v.numel()} values, expected {self.u.numel()} + {self.v.numel()}: "
+                "the checkpoint is of another model or momentum setting"
+            )
+        self.u.copy_(u)
+        self.v.copy_(v)
+        self.settled = settled
+
+
+def local_gradient(g: Tensor, w: Tensor, rule: Rule, num_workers: int) -> Tensor:
+    """g, clipped, with weight decay: float32, a new tensor unless neither applies to a float32 g."""
+    g = g.to(torch.float32)
+    if rule.clip is not None:
+        norm = torch.linalg.vector_norm(g)
+        scale = rule.clip / (math.sqrt(num_workers) * norm)
+        g = g * torch.where(norm > 0, scale.clamp(max=1.0), torch.ones_like(norm))
+    if rule.weight_decay:
+        g = g.add(w, alpha=rule.weight_decay)
+    return g
+
+
+def accumulate(residual: Residual, g: Tensor) -> None:
+    """Writes next_u and next_v for a local gradient g (n,) float32; u and v stay."""
+    step = velocity(residual, g)
+    torch.add(residual.v, step, out=residual.next_v)
+
+
+def velocity(residual: Residual, g: Tensor) -> Tensor:
+    """Writes next_u and returns this step's update, as torch.optim.SGD computes it (same order, same bits)."""
+    rule = residual.rule
+    if not rule.momentum:
+        return g
+    torch.mul(residual.u, rule.momentum, out=residual.next_u).add_(g)
+    return g.add(residual.next_u, alpha=rule.momentum) if rule.nesterov else residual.next_u
+
+
+def remove_sent(residual: Residual, indices: Tensor, sent: Tensor) -> None:
+    """Takes `sent` (k,) float32, as receivers decode it, out of next_v at `indices` (k,) int64; masks next_u."""
+    residual.next_v[indices] -= sent
+    if residual.rule.masking and residual.rule.momentum:
+        residual.next_u[indices] = 0.0
