@@ -1,0 +1,5 @@
+"""`python -m distrobust`, and what torchrun starts."""
+
+from distrobust.cli import main
+
+main()

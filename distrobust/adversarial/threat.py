@@ -1,0 +1,124 @@
+"""Norm balls around an image: what an attack may reach, how it moves, where it starts.
+
+With delta = x' - x, per image, Linf | L2 (Madry et al. 2018, section 2.1):
+
+    project         clip(x + clip(delta, -eps, eps), 0, 1)  |  clip(x + delta min(1, eps / ||delta||), 0, 1)
+    ascend          x' + alpha sign(g)                      |  x' + alpha g / ||g||
+    random_start    x + U(-eps, eps), clipped               |  x + a uniform point of the ball, clipped
+
+Clipping to [0, 1] after the projection never leaves the ball, because x is in [0, 1] itself. Everything
+is per image, so no result depends on the other images of the batch, except that random numbers are drawn
+in batch order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from distrobust.errors import ConfigError
+
+Norm = Literal["linf", "l2"]
+
+
+@dataclass(frozen=True)
+class Threat:
+    """A ball of radius eps, in units of images in [0, 1]; valid by construction, or ConfigError.
+
+    eps = 0 is the identity. Linf needs eps <= 1; L2 has no upper bound.
+    """
+
+    norm: Norm
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in get_args(Norm):
+            closest = difflib.get_close_matches(str(self.norm).lower(), get_args(Norm), n=1, cutoff=0.1)
+            hint = f"did you mean {closest[0]!r}? " if closest else ""
+            raise ConfigError(f"threat.norm: {self.norm!r}; {hint}valid: {', '.join(get_args(Norm))}")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ConfigError(f"threat.eps: {self.eps}; must be a finite number of at least 0")
+        if self.norm == "linf" and self.eps > 1:
+            raise ConfigError(
+                f"threat.eps: {self.eps} for linf, but images are in [0, 1]; if you mean {self.eps:g} of 255 "
+                f"grey levels, write {self.eps:g}/255 = {self.eps / 255:.5f}"
+            )
+
+    def scaled(self, share: float) -> Threat:
+        """The ball of radius share * eps: the eps ramp."""
+        return dataclasses.replace(self, eps=share * self.eps)
+
+    def describe(self) -> str:
+        """'Linf 8/255', 'L2 0.5': in grey levels where that is a whole number."""
+        levels = self.eps * 255
+        whole = self.norm == "linf" and self.eps > 0 and abs(levels - round(levels)) < 1e-6
+        return f"{self.norm.capitalize()} " + (f"{round(levels)}/255" if whole else f"{self.eps:.4g}")
+
+
+def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    """The point of the ball around x, and of [0, 1], nearest to x_adv. x_adv, x: (B, ...) float, x in [0,
+    1]."""
+    delta = x_adv - x
+    if threat.norm == "linf":
+        delta = delta.clamp(-threat.eps, threat.eps)
+    else:
+        norm = torch.linalg.vector_norm(at_least_float32(delta), dim=_image_dims(x), keepdim=True)
+        delta = delta * (threat.eps / norm.clamp_min(_TINY)).clamp_max(1.0).to(delta.dtype)
+    return (x + delta).clamp(0.0, 1.0)
+
+
+def ascend(x: Tensor, gradient: Tensor, step_size: float, threat: Threat) -> Tensor:
+    """x, the current point, moved by step_size along the steepest ascent of the norm; not projected.
+
+    Where the gradient is zero nothing moves; non-finite entries count as zero, so one overflow does not
+    spoil an image.
+    """
+    if threat.norm == "linf":
+        return x + step_size * gradient.sign()  # the sign of NaN is 0 in torch
+    g = at_least_float32(gradient).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    # Scaled by the largest entry first: the squares of a confident model's gradients (1e-25) underflow.
+    g = g / torch.linalg.vector_norm(g, ord=math.inf, dim=_image_dims(g), keepdim=True).clamp_min(_TINY)
+    g = g / torch.linalg.vector_norm(g, dim=_image_dims(g), keepdim=True).clamp_min(_TINY)
+    return x.add((step_size * g).to(x.dtype))
+
+
+def random_start(x: Tensor, threat: Threat, generator: torch.Generator | None) -> Tensor:
+    """A uniform point of the ball around each image, clipped to [0, 1]. x: (B, ...) float; generator: on
+    x's device."""
+    return (x + noise(x, threat.norm, threat.eps, generator)).clamp(0.0, 1.0)
+
+
+def noise(x: Tensor, norm: Norm, radius: float, generator: torch.Generator | None) -> Tensor:
+    """Uniform in the ball of any radius around 0; x's shape, dtype, device and memory format.
+
+    Drawn as float32 in logical order, so that it does not depend on the memory format or dtype of x.
+    L2: a normal direction times radius * U^(1/d), d entries per image.
+    """
+    drawn = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if norm == "linf":
+        drawn.uniform_(-radius, radius, generator=generator)
+    else:
+        dims = _image_dims(x)
+        drawn.normal_(generator=generator)
+        shape = (x.shape[0],) + (1,) * len(dims)
+        u = torch.rand(shape, generator=generator, device=x.device).pow(1.0 / max(1, x[:1].numel()))
+        drawn *= radius * u / torch.linalg.vector_norm(drawn, dim=dims, keepdim=True).clamp_min(_TINY)
+    return torch.empty_like(x).copy_(drawn)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x as float32, or as it is in float64: norms and losses are never computed in a half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _image_dims(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, x.ndim))

@@ -1,0 +1,199 @@
+"""The command line. A mistake is answered in one line on standard error with exit code 2, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distrobust import __version__
+from distrobust import config as configuration
+from distrobust.config import Config
+from distrobust.errors import ConfigError, DistrobustError
+from distrobust.train.rundir import Outcome, RunDirectory
+
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the file; repeatable."
+)
+_FILE = click.argument("file", type=click.Path(path_type=Path))
+
+
+def main() -> None:
+    """Runs the command line of this process and exits."""
+    try:
+        commands.main(standalone_mode=False)
+    except DistrobustError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(text: str) -> None:
+    print(f"distrobust: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="distrobust")
+def commands() -> None:
+    """Adversarial fine-tuning over compressed gradients, across slow links."""
+
+
+@commands.command()
+@_FILE
+@_SET
+@click.option("--launcher", type=click.Choice(["ray", "torchrun", "local"]), help="Short for cluster.launcher.")
+def train(file: Path, overrides: tuple[str, ...], launcher: str | None) -> None:
+    """Run, or continue, the job that FILE describes (see launch/)."""
+    from distrobust.train import launch
+
+    arguments = [*overrides, *([f"cluster.launcher={launcher}"] if launcher else [])]
+    config = configuration.absolute(configuration.load(file, arguments))
+    directory = RunDirectory(config.run.dir)
+    if launch.is_torchrun():
+        if os.environ["RANK"] == "0":
+            directory.open(config)
+        with _console() as console:
+            outcome = launch.run_under_torchrun(config, console)
+        if os.environ["RANK"] != "0":
+            sys.exit(0 if outcome.status == "done" else 2)
+    elif config.cluster.launcher == "torchrun":
+        settings = [part for override in arguments for part in ("--set", override)]
+        sys.exit(launch.spawn_torchrun(config, ["train", str(file), *settings]))
+    elif config.cluster.launcher == "local":
+        directory.open(config)
+        with _console() as console:
+            outcome = launch.run_here(config, console)
+    else:
+        from distrobust.cluster.ray_train import run_on_ray
+
+        directory.open(config)
+        with _followed(directory):
+            outcome = run_on_ray(config)
+    _finish(directory, outcome)
+
+
+@commands.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--data", "data_path", required=True, type=click.Path(path_type=Path), help="Directory with test.parquet.")
+@click.option("--eps", default="8/255", show_default=True, help="Budget, inputs in [0, 1].")
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option("--steps", default=20, show_default=True, help="PGD steps.")
+@click.option("--images", default=0, show_default=True, help="Images attacked, the first of the file; 0: all.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--independent", is_flag=True, help="Also attack with foolbox's PGD.")
+@click.option("--threads", default=0, show_default=True, help="torch threads; 0: all cores.")
+def evaluate(
+    checkpoint: Path,
+    data_path: Path,
+    eps: str,
+    norm: str,
+    steps: int,
+    images: int,
+    seed: int,
+    independent: bool,
+    threads: int,
+) -> None:
+    """Clean and robust accuracy of a model file (models/*.pt of a run)."""
+    from distrobust.train import evaluation
+
+    budget = configuration.parse({"data": {"path": data_path}, "attack": {"norm": norm, "eps": eps}}, "--eps").attack
+    assert budget is not None
+    for score in evaluation.evaluate_file(
+        checkpoint, data_path, budget.norm, budget.eps, steps, images, seed, independent, threads
+    ):
+        flags = f"  [{'; '.join(score.flags)}]" if score.flags else ""
+        click.echo(
+            f"{score.attack:<28} {100 * score.accuracy:5.1f} %  95 % interval {100 * score.low:.1f} .. "
+            f"{100 * score.high:.1f}  n = {score.samples}  seed {score.seed}  {score.seconds:.1f} s{flags}"
+        )
+
+
+@commands.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write RUN/report.html."""
+    from distrobust.report import write_report
+
+    click.echo(str(write_report(run)))
+
+
+@commands.command()
+@_FILE
+@_SET
+def config(file: Path, overrides: tuple[str, ...]) -> None:
+    """Print FILE with every default filled in."""
+    click.echo(configuration.dump(configuration.load(file, overrides)), nl=False)
+
+
+@commands.group()
+def data() -> None:
+    """Make data sets."""
+
+
+@data.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def digits(directory: Path) -> None:
+    """Write scikit-learn's digits to DIRECTORY as Parquet."""
+    from distrobust.data import write_digits
+
+    click.echo(str(write_digits(directory)))
+
+
+@contextmanager
+def _console() -> Iterator[Any]:
+    from distrobust.metrics.console import Console
+
+    console = Console()
+    try:
+        yield console
+    finally:
+        console.close()
+
+
+@contextmanager
+def _followed(directory: RunDirectory) -> Iterator[None]:
+    """Shows the records that workers in other processes write, while the block runs."""
+    from distrobust.metrics import jsonl
+
+    ended = threading.Event()
+
+    def follow(write: Callable[[dict[str, Any]], None]) -> None:
+        for record in jsonl.follow(directory.metrics, ended.is_set, from_end=True):
+            write(record)
+
+    with _console() as console:
+        thread = threading.Thread(target=follow, args=(console.write,), name="console", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _finish(directory: RunDirectory, outcome: Outcome) -> None:
+    """Report and summary, or the error, or how to continue."""
+    from distrobust.metrics import jsonl
+    from distrobust.metrics.console import print_summary
+    from distrobust.report import write_report
+
+    outcome.raise_if_failed()
+    report_path: Path | None = None
+    try:
+        report_path = write_report(directory.path)
+    except ConfigError as error:
+        print(f"no report: {error}", file=sys.stderr)
+    if outcome.status == "stopped":
+        print(f"stopped at {outcome.text}; a checkpoint was written, start again to continue", file=sys.stderr)
+        return
+    print_summary(jsonl.read(directory.metrics), sys.stdout, report_path)

@@ -1,0 +1,126 @@
+"""The main job through Ray Train: one worker per device, restarted together from the last checkpoint when one dies.
+
+Ray starts processes and watches them; numbers go out of band, through the run directory, because a report to
+Ray Train waits for its controller's poll (2 s by default). Checkpoints are ours for the same reason, and so that they
+are the same under torchrun.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+from distrobust import config as configuration
+from distrobust.config import Config
+from distrobust.errors import CommError
+from distrobust.train.rundir import Outcome, RunDirectory
+
+
+def run_on_ray(config: Config) -> Outcome:
+    """Runs the job on Ray workers and returns its outcome.
+
+    Ctrl-C asks the workers to write a checkpoint and leave; a second one gives up waiting.
+    Raises CommError when workers died more often than cluster.max_failures allows.
+    """
+    # before ray is imported: its workers would otherwise change into a directory of their own, and start as if no
+    # accelerator variable were set
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    import ray
+
+    settings = config.cluster
+    private = settings.address is None
+    ray.init(
+        address="local" if private else settings.address,
+        num_cpus=settings.workers * settings.threads if private else None,
+        include_dashboard=False if private else None,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+        runtime_env={"env_vars": _environment(config)},
+    )
+    directory = RunDirectory(config.run.dir)
+    try:
+        failure = _fit(config, directory)
+    finally:
+        ray.shutdown()
+    outcome = directory.outcome()
+    if outcome is not None:
+        return outcome
+    reason = " ".join(str(failure or "the workers ended without a word").split())
+    raise CommError(
+        f"Ray Train gave up after {settings.max_failures} restarts: {reason[:300]}; start again to continue from the "
+        "last checkpoint"
+    )
+
+
+def _fit(config: Config, directory: RunDirectory) -> Exception | None:
+    """Runs the trainer in a thread of its own: Ray would otherwise take over Ctrl-C and abort without a checkpoint."""
+    failures: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            _trainer(config).fit()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    interrupted = False
+    while thread.is_alive():
+        try:
+            thread.join(0.2)
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            directory.stop.touch()
+    return failures[0] if failures else None
+
+
+def _trainer(config: Config) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    settings = config.cluster
+    resources: dict[str, float] = {"CPU": settings.threads}
+    if settings.gpu:
+        resources["GPU"] = 1
+    return TorchTrainer(
+        worker,
+        train_loop_config={"config": config.model_dump(mode="json")},
+        torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo", timeout_s=int(settings.timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers, use_gpu=settings.gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            # a fresh name each time: Ray would continue a run of the same name, and we continue ours
+            name=f"{config.run.dir.name}-{int(time.time() * 1000)}",
+            storage_path=str(config.run.dir / "ray"),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+
+
+def worker(values: dict[str, Any]) -> None:
+    """What every Ray Train worker runs; the process group is Ray's."""
+    import ray.train
+    import ray.train.torch
+
+    from distrobust.train import job
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    config = configuration.parse(values["config"], "driver")
+    outcome = job.run(config, ray.train.torch.get_device(), [])
+    ray.train.report({"status": outcome.status})
+
+
+def _environment(config: Config) -> dict[str, str]:
+    settings = config.cluster
+    variables = {"OMP_NUM_THREADS": str(settings.threads)}
+    if settings.interface is not None:
+        variables.update(GLOO_SOCKET_IFNAME=settings.interface, NCCL_SOCKET_IFNAME=settings.interface)
+    return variables

@@ -1,0 +1,343 @@
+"""The whole configuration: frozen, documented, valid by construction; one section per room.
+
+A YAML file gives the values, `--set a.b=c` overrides them, in that order. Unknown keys name the closest valid one,
+impossible values say their path, what they were and what was wanted. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from distrobust.errors import ConfigError
+
+
+def _fraction(value: object) -> object:
+    """'8/255' -> 0.0314: budgets are written as fractions of the pixel range."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Density = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Budget = Annotated[float, BeforeValidator(_fraction), Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+
+class RunConfig(Section):
+    dir: Path = Path("runs/default")
+    """Directory of the run: resolved configuration, metrics, checkpoints, models, report. Starting again resumes it."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Everything random follows from it: initial weights, held-out split, data order, augmentation, attacks."""
+
+
+class ClusterConfig(Section):
+    launcher: Literal["ray", "torchrun", "local"] = "ray"
+    """ray: Ray Train; torchrun: torch's own launcher, no Ray; local: one rank in this process."""
+    workers: Count = 2
+    """Ranks, one a device. Part of a run's identity: residuals belong to a rank."""
+    threads: Count = 1
+    """torch threads per worker; more workers x threads than cores is far slower, not faster."""
+    gpu: bool = False
+    """One GPU per worker, nccl instead of gloo."""
+    address: str | None = None
+    """Address of an existing Ray cluster; null starts a private one on this machine and stops it afterwards."""
+    interface: str | None = None
+    """Network interface for gloo and nccl, where the host name resolves to the wrong one."""
+    timeout_s: Positive = 120.0
+    """A collective that takes longer is an error on every rank that is still alive."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often Ray restarts all workers after one died; each restart continues from the last checkpoint."""
+
+
+class DataConfig(Section):
+    path: Path
+    """Directory with train.parquet and test.parquet in the Hugging Face image layout (sharded names work too)."""
+    image_column: str | None = None
+    """null: `image`, `img`, or the only column of encoded images."""
+    label_column: str | None = None
+    """null: `label`, or its usual relatives."""
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
+    """Share of the training rows never trained on, for accuracy during the run. The test file is for the end only."""
+    cache: Literal["auto", "memory", "stream"] = "auto"
+    """Decode once and keep, or row group by row group in every epoch; auto: keep what fits into memory_limit_bytes."""
+    memory_limit_bytes: Count = 2 * 1024**3
+    """Per rank."""
+    crop: Annotated[int, Field(ge=0)] = 0
+    """Augmentation: random crop after padding by this many pixels; 0: none."""
+    flip: bool = False
+    """Augmentation: horizontal flip of every other image."""
+
+
+class ModelConfig(Section):
+    name: str = "resnet9"
+    """A reference network: cnn, resnet9."""
+    weights: Path | None = None
+    """Start from this file (models/*.pt of another run) instead of random weights."""
+    channels_last: bool = False
+    """Memory format; with bf16 about twice as fast on CPUs."""
+
+
+class ScheduleConfig(Section):
+    name: Literal["one_cycle", "slow_start_fast_decay", "cosine", "constant"] = "one_cycle"
+    """Shape over the phase; slow_start_fast_decay is the adversarial fine-tuning paper's."""
+    peak: Positive = 0.1
+    """Highest learning rate."""
+    warmup: Share = 0.2
+    """Share of the phase until the peak."""
+    floor: Share = 0.01
+    """First rate, as a share of the peak."""
+
+
+class PhaseConfig(Section):
+    epochs: Count = 3
+    batch_size: Count = 256
+    """Over all workers."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4
+    """Coupled (L2), added to the local gradient before it is accumulated."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast in the forward passes, weights and residuals stay fp32."""
+    max_skipped_steps: Count = 10
+    """Give up after this many non-finite steps in a row."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> PhaseConfig:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class AttackConfig(Section):
+    name: Literal["fgsm", "n_fgsm", "pgd"] = "n_fgsm"
+    """How training examples are made during the `train` phase."""
+    norm: Literal["linf", "l2"] = "linf"
+    eps: Budget = 8 / 255
+    """Budget, inputs in [0, 1]; may be written 8/255."""
+    steps: Count = 10
+    """pgd only."""
+    step_size: Annotated[Positive, BeforeValidator(_fraction)] | None = None
+    """null: 2.5 eps / steps."""
+    ramp: Share = 0.0
+    """eps rises linearly from 0 over this share of the phase."""
+    loss: Literal["pgd_at", "trades"] = "pgd_at"
+    beta: Positive = 6.0
+    """trades only: weight of the robust term."""
+
+    @model_validator(mode="after")
+    def _scale(self) -> AttackConfig:
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps {self.eps:g} is above 1 for inputs in [0, 1]; did you mean {self.eps:g}/255?")
+        return self
+
+
+class CompressConfig(Section):
+    density: Density = 0.01
+    """Fraction of coordinates sent per step; 1: dense all-reduce with the momentum in the hook."""
+    warmup: Share = 0.2
+    """Share of the phase spent on the paper's ladder of densities: 25, 6.25, 1.5625, 0.4, 0.1 %."""
+    ladder: tuple[Density, ...] = (0.25, 0.0625, 0.015625, 0.004, 0.001)
+    """The ladder itself; rungs at or below `density` are left out."""
+    values: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """On the wire; the rounding error stays in the residual."""
+    selector: Literal["sampled", "exact"] = "sampled"
+    """Both select the same coordinates."""
+    masking: bool = True
+    """Momentum factor masking."""
+    clip: Positive | None = None
+    """Threshold of the global gradient norm, applied per tensor to clip / sqrt(workers)."""
+    fuse_below: Annotated[int, Field(ge=0)] = 2048
+    """Tensors with fewer elements (biases, norms) are selected together."""
+
+
+class NoiseConfig(Section):
+    alpha: Positive = 0.1
+    """Noise (Frobenius norm of a gradient difference) at which a layer's rate begins to fall."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Average of the noise over time."""
+
+
+class EvaluateConfig(Section):
+    images: Annotated[int, Field(ge=0)] = 0
+    """Test images attacked at the end; 0: all. Clean accuracy always uses all."""
+    held_out_images: Annotated[int, Field(ge=0)] = 500
+    """Held-out images attacked after each epoch; 0: all."""
+    steps: Count = 20
+    """PGD steps at the end; 10 after an epoch. Norm and eps are those of the `attack` section."""
+    batch_size: Count = 250
+    eps: Annotated[Budget, Field()] | None = None
+    """null: attack.eps."""
+
+
+class MetricsConfig(Section):
+    every: Count = 20
+    """Steps between records; ranks compare their parameters and look for a stop request then."""
+    port: Annotated[int, Field(ge=0, le=65535)] | None = 9400
+    """Prometheus, plus the local rank; another free port if taken; 0: any; null: no exporter."""
+    host: str = "127.0.0.1"
+    """Where the exporter listens."""
+
+
+class CheckpointConfig(Section):
+    every: Count | None = None
+    """Steps; null: at the end of each epoch."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; never fewer than two, so that one survives a crash during the next."""
+
+
+class Config(Section):
+    data: DataConfig
+    run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig = ModelConfig()
+    pretrain: PhaseConfig | None = None
+    """Natural training, dense, before the adversarial fine-tuning; null: start from model.weights or from scratch."""
+    train: PhaseConfig = PhaseConfig()
+    """Adversarial fine-tuning."""
+    attack: AttackConfig | None = AttackConfig()
+    """null: the `train` phase is natural training too."""
+    compress: CompressConfig | None = CompressConfig()
+    """null: dense."""
+    noise: NoiseConfig | None = None
+    """Learning rates per layer that follow the layer's gradient noise, during `train`; null: one rate for all."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Config:
+        if self.pretrain is not None and self.model.weights is not None:
+            raise ValueError("pretrain and model.weights exclude each other; set one of them to null")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What a run directory is bound to: everything that changes the parameters a run ends with."""
+        values = self.model_dump(mode="json")
+        kept = {key: values[key] for key in ("data", "model", "pretrain", "train", "attack", "compress", "noise")}
+        kept["data"].pop("memory_limit_bytes")
+        return {"seed": self.run.seed, "workers": self.cluster.workers, **kept}
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `a.b=c` overrides; raises ConfigError with one line that says what to change."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file, see launch/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: wanted sections like `data:` at the top, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return parse(values, str(path))
+
+
+def parse(values: Mapping[str, Any], source: str) -> Config:
+    """Validates a nested mapping; raises ConfigError naming `source`."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error, values)}") from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` of it gives the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def absolute(config: Config) -> Config:
+    """Paths made absolute, for workers that run in another directory."""
+    changed = {
+        "run": config.run.model_copy(update={"dir": config.run.dir.absolute()}),
+        "data": config.data.model_copy(update={"path": config.data.path.absolute()}),
+    }
+    if config.model.weights is not None:
+        changed["model"] = config.model.model_copy(update={"weights": config.model.weights.absolute()})
+    return config.model_copy(update=changed)
+
+
+def first_difference(ours: Any, theirs: Any, path: str = "") -> str | None:
+    """'train.epochs: 3 here, 6 there' for the first place where two nested values differ, None if they agree."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(set(ours) | set(theirs)):
+            where = f"{path}.{key}" if path else str(key)
+            found = first_difference(ours.get(key), theirs.get(key), where)
+            if found:
+                return found
+        return None
+    return None if ours == theirs else f"{path}: {ours} here, {theirs} there"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override}: wanted section.key=value, for example compress.density=0.01")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not YAML; quote it") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {key!r} holds a value, not a section")
+        values = inner
+    values[keys[-1]] = value
+
+
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """The first problem in one line; a key nobody knows comes first, since it explains a missing one."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    place = [str(part) for part in problem["loc"]]
+    path = ".".join(place)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        valid = _valid_keys(place[:-1])
+        close = difflib.get_close_matches(place[-1], valid, 1, 0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
+        return f"unknown key {path!r}; {hint}{more}"
+    if problem["type"] == "missing":
+        return f"{path} is missing; give it in the file or with --set {path}=...{more}"
+    text = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "wanted", 1)
+    got: Any = values
+    for part in problem["loc"]:
+        got = got.get(part) if isinstance(got, Mapping) else got
+    return f"{path or 'configuration'}: {text}{'' if isinstance(got, Mapping) else f', got {got!r}'}{more}"
+
+
+def _valid_keys(place: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in place:
+        annotation = model.model_fields[name].annotation
+        options = [annotation, *get_args(annotation)]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,30 @@
+"""Images and labels from Parquet, shared out over ranks, augmented by the batch.
+
+describe      a directory and a split -> Source: files, classes, image shape, checked labels
+split_held_out  Source -> the rows to train on and the rows to validate on
+Shard         Source, rank, world size -> batches of uint8 images and int64 labels
+crop_and_flip   augmentation of a whole batch
+write_digits, write_parquet   make data sets in the same layout
+"""
+
+from distrobust.data.augment import crop_and_flip
+from distrobust.data.decoding import decode
+from distrobust.data.digits import write_digits
+from distrobust.data.parquet import describe
+from distrobust.data.selection import Selection, split_held_out
+from distrobust.data.shard import Shard
+from distrobust.data.source import RowGroup, Source
+from distrobust.data.write import write_parquet
+
+__all__ = [
+    "RowGroup",
+    "Selection",
+    "Shard",
+    "Source",
+    "crop_and_flip",
+    "decode",
+    "describe",
+    "split_held_out",
+    "write_digits",
+    "write_parquet",
+]

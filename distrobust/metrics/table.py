@@ -1,0 +1,115 @@
+"""THE table of Prometheus metrics. Dashboards, alerts and the README are checked against it.
+
+Each row says which record field feeds it, so a metric is added here and nowhere else. Base units only:
+seconds, bytes, ratios (1.0 = all). A name ends with its unit, a counter's with `_total` after the unit.
+Labels have few values: never a parameter name, a bucket or a step.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row.
+
+    `event` and `field` name the record field that feeds it. A counter's field is cumulative and the counter
+    grows by the differences; a histogram gets one observation per record (a sample: not every step has a
+    record). A label other than run and rank is the record's field of that name, except `group`, which is
+    the key where the field is a dictionary {group: value}. `unit` is empty for plain numbers.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    event: str
+    field: str
+    labels: tuple[str, ...]
+    help: str
+    buckets: tuple[float, ...] = ()
+
+
+WHO = ("run", "rank")  # on every metric: the run directory's name, and the global rank
+BUILD = (*WHO, "version", "torch", "python")
+PHASE = (*WHO, "phase")
+GROUP = (*WHO, "phase", "group")
+ATTACK = (*WHO, "phase", "attack")
+EVALUATED = (*WHO, "model", "attack")
+
+# fmt: off
+# 1 ms to 1 min, closest together where steps usually are: a small network on a CPU takes 0.05 to 1 s a step,
+# the hook of a worker behind a 100 Mbit/s link 0.01 to 2 s.
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5, 10, 30, 60)
+
+TABLE: tuple[Metric, ...] = (
+    # What runs.
+    Metric("distrobust_build_info", "gauge", "", "run", "versions", BUILD,
+           "Always 1; the versions are labels."),
+    Metric("distrobust_workers", "gauge", "workers", "run", "world_size", WHO,
+           "Ranks that train one model."),
+    Metric("distrobust_parameters", "gauge", "parameters", "run", "num_parameters", WHO,
+           "Trainable parameters of the model."),
+    Metric("distrobust_worker_restarts_total", "counter", "restarts", "run", "restarts", WHO,
+           "Earlier starts of this run that this start continues."),
+    Metric("distrobust_planned_steps", "gauge", "steps", "phase", "num_steps", PHASE,
+           "Optimizer steps this phase will take."),
+    # Progress.
+    Metric("distrobust_finished_steps", "gauge", "steps", "step", "step", PHASE,
+           "Optimizer steps finished in this phase, those before a restart included."),
+    Metric("distrobust_steps_total", "counter", "steps", "step", "step", PHASE,
+           "Optimizer steps taken since this process started."),
+    Metric("distrobust_samples_total", "counter", "samples", "step", "samples", PHASE,
+           "Training examples seen since this process started."),
+    Metric("distrobust_nonfinite_steps_total", "counter", "steps", "step", "nonfinite_steps", PHASE,
+           "Steps skipped on all ranks because a gradient was not finite."),
+    Metric("distrobust_last_step_timestamp_seconds", "gauge", "seconds", "step", "time", PHASE,
+           "Unix time of the newest step record; its age shows a stall."),
+    # Time.
+    Metric("distrobust_step_seconds", "histogram", "seconds", "step", "step_s", PHASE,
+           "Wall time of a whole training step, sampled.", SECONDS),
+    Metric("distrobust_attack_seconds", "histogram", "seconds", "step", "attack_s", PHASE,
+           "Part of a step spent making adversarial examples, sampled.", SECONDS),
+    Metric("distrobust_comm_hook_seconds", "histogram", "seconds", "step", "hook_s", PHASE,
+           "Part of a step spent selecting, coding, exchanging and decoding gradients, sampled.", SECONDS),
+    # Bytes between ranks.
+    Metric("distrobust_comm_sent_bytes_total", "counter", "bytes", "step", "sent_bytes", PHASE,
+           "Bytes this rank handed to the transport."),
+    Metric("distrobust_comm_dense_bytes_total", "counter", "bytes", "step", "dense_bytes", PHASE,
+           "Bytes a dense fp32 all-reduce would have sent from this rank."),
+    Metric("distrobust_comm_density_ratio", "gauge", "ratio", "step", "density", PHASE,
+           "Fraction of gradient coordinates sent; 1 when dense."),
+    Metric("distrobust_comm_residual_norm_ratio", "gauge", "ratio", "step", "residual_norm_ratio", PHASE,
+           "Norm of what is kept back over the norm of the gradient."),
+    # Learning.
+    Metric("distrobust_train_loss", "gauge", "", "step", "loss", PHASE,
+           "Loss of the newest step record."),
+    Metric("distrobust_train_accuracy_ratio", "gauge", "ratio", "step", "accuracy", PHASE,
+           "Accuracy on the inputs trained on, attacked where training attacks."),
+    Metric("distrobust_learning_rate", "gauge", "", "step", "lr", PHASE,
+           "Scheduled learning rate, before the ratio of each layer group."),
+    Metric("distrobust_layer_lr_ratio", "gauge", "ratio", "step", "layer_lr_ratio", GROUP,
+           "Mean learning rate of a layer group over the scheduled one."),
+    Metric("distrobust_attack_eps_ratio", "gauge", "ratio", "step", "eps", PHASE,
+           "Radius of the training attack, as a fraction of the pixel range."),
+    Metric("distrobust_clean_accuracy_ratio", "gauge", "ratio", "epoch", "clean_accuracy", PHASE,
+           "Accuracy on unchanged held-out inputs, once per epoch."),
+    Metric("distrobust_robust_accuracy_ratio", "gauge", "ratio", "epoch", "robust_accuracy", ATTACK,
+           "Accuracy on attacked held-out inputs, once per epoch."),
+    # Checkpoints.
+    Metric("distrobust_checkpoint_seconds", "histogram", "seconds", "checkpoint", "seconds", PHASE,
+           "Wall time of writing a checkpoint.", SECONDS),
+    Metric("distrobust_checkpoint_bytes", "gauge", "bytes", "checkpoint", "bytes", PHASE,
+           "Size of the newest checkpoint."),
+    Metric("distrobust_last_checkpoint_timestamp_seconds", "gauge", "seconds", "checkpoint", "time", PHASE,
+           "Unix time of the newest checkpoint."),
+    # The final evaluation.
+    Metric("distrobust_evaluation_accuracy_ratio", "gauge", "ratio", "evaluation", "accuracy", EVALUATED,
+           "Accuracy of a finished model under an attack."),
+    Metric("distrobust_evaluation_accuracy_low_ratio", "gauge", "ratio", "evaluation", "low", EVALUATED,
+           "Lower end of the 95 % Wilson interval of the evaluation accuracy."),
+    Metric("distrobust_evaluation_accuracy_high_ratio", "gauge", "ratio", "evaluation", "high", EVALUATED,
+           "Upper end of the 95 % Wilson interval of the evaluation accuracy."),
+    Metric("distrobust_evaluation_samples", "gauge", "samples", "evaluation", "samples", EVALUATED,
+           "Held-out examples the evaluation used."),
+)
+# fmt: on

@@ -1,0 +1,283 @@
+"""The train function: what every rank of a run does, whoever launched it.
+
+The process group exists already. Phases: natural pre-training (optional), adversarial fine-tuning, evaluation of both models.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distrobust import __version__, data
+from distrobust.adversarial.attacks import Attack
+from distrobust.adversarial.threat import Threat
+from distrobust.comm.transport import Transport
+from distrobust.config import Config, PhaseConfig
+from distrobust.data import Shard, Source
+from distrobust.errors import CommError, DistrobustError
+from distrobust.metrics import Fanout, Sink
+from distrobust.optim.schedules import Schedule
+from distrobust.train import checkpoint, loop, scoring
+from distrobust.train.checkpoint import Position
+from distrobust.train.modelfile import build_model, load_model_file, save_model_file
+from distrobust.train.rundir import Outcome, RunDirectory
+from distrobust.train.state import TrainState, make_state
+from distrobust.train.step import Recipe
+
+_log = logging.getLogger(__name__)
+
+PHASES = ("pretrain", "train")
+MODEL_NAMES = {"pretrain": "pre-trained", "train": "fine-tuned"}
+
+
+def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcome:
+    """Runs or continues the job on this rank. Rank 0 writes the outcome into the run directory.
+
+    Errors a user can mend end all ranks alike and are returned in the outcome; what another start may mend (a dead peer)
+    is raised, for the launcher to start again.
+    """
+    torch.set_num_threads(config.cluster.threads)
+    directory = RunDirectory(config.run.dir)
+    earlier = directory.outcome()
+    if earlier is not None and earlier.status == "failed":
+        return earlier  # restarted after an error that a restart does not mend
+    sinks = Fanout(*_sinks(config, directory), *extra_sinks)
+    try:
+        with _stop_requests(directory) as stop_requested:
+            outcome = _Job(config, device, directory, sinks, stop_requested).run()
+    except CommError:
+        raise
+    except DistrobustError as error:
+        outcome = Outcome("failed", type(error).__name__, str(error))
+        directory.write_outcome(outcome)  # by whichever rank met it: the others may still wait for it
+        return outcome
+    finally:
+        sinks.close()
+    if dist.get_rank() == 0:
+        directory.write_outcome(outcome)
+    return outcome
+
+
+@dataclass
+class _Job:
+    config: Config
+    device: torch.device
+    directory: RunDirectory
+    sinks: Sink
+    stop_requested: Callable[[], bool]
+
+    def run(self) -> Outcome:
+        started = time.perf_counter()
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        source, test = self._on_all_ranks(self._describe)
+        train_rows, held_out_rows = data.split_held_out(source, self.config.data.held_out, self.config.run.seed)
+        train = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, train_rows))
+        held_out = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, held_out_rows))
+        net = self._on_all_ranks(lambda: self._build(source))
+        restored = checkpoint.load(self.directory.checkpoints, Transport())
+        self._emit({
+            "event": "run",
+            "world_size": num_ranks,
+            "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
+            "config": self.config.model_dump(mode="json"),
+            "versions": {"distrobust": __version__, "torch": torch.__version__},
+            "resumed_step": restored[0].step if restored else 0,
+            "resumed_phase": restored[0].phase if restored else None,
+        })
+        for ordinal, name in enumerate(PHASES):
+            settings: PhaseConfig | None = getattr(self.config, name)
+            if settings is None or (restored is not None and restored[0].ordinal > ordinal):
+                continue
+            phase = self._phase(name, settings, train, held_out)
+            state = self._state(net, Position(ordinal, name, 0), phase)
+            if restored is not None and restored[0].ordinal == ordinal:
+                state.load(*restored[1:])
+                state.position = restored[0]
+            self._emit({
+                "event": "phase",
+                "phase": name,
+                "num_steps": phase.recipe.num_steps,
+                "steps_per_epoch": phase.steps_per_epoch,
+                "num_epochs": settings.epochs,
+            })
+            if not loop.run_phase(state, phase):
+                return Outcome("stopped", text=f"{name}, step {state.position.step} of {phase.recipe.num_steps}")
+            self._export(net, name, source)
+        self._evaluate(test, source, rank, num_ranks)
+        self._emit({"event": "done", "seconds": time.perf_counter() - started})
+        return Outcome("done")
+
+    def _describe(self) -> tuple[Source, Source]:
+        settings = self.config.data
+        columns = {"image_column": settings.image_column, "label_column": settings.label_column}
+        source = data.describe(settings.path, "train", **columns)
+        return source, data.describe(
+            settings.path, "test", **columns, channels=source.shape[0], classes=source.class_names
+        )
+
+    def _shard(self, source: Source, rank: int, num_ranks: int, rows: data.Selection | None) -> Shard:
+        settings = self.config.data
+        return Shard(
+            source,
+            rank,
+            num_ranks,
+            self.config.run.seed,
+            cache=settings.cache,
+            memory_limit_bytes=settings.memory_limit_bytes,
+            rows=rows,
+        )
+
+    def _build(self, source: Source) -> nn.Module:
+        net = build_model(self.config.model.name, source, self.config.run.seed)
+        if self.config.model.weights is not None:
+            load_model_file(net, self.config.model.weights)
+        if self.config.model.channels_last:
+            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return net.to(self.device)
+
+    def _phase(self, name: str, settings: PhaseConfig, train: Shard, held_out: Shard) -> loop.Phase:
+        config, tuning = self.config, name == "train"
+        schedule = Schedule(**settings.schedule.model_dump())
+        num_steps = settings.epochs * train.num_steps(settings.batch_size)
+        recipe = Recipe(
+            phase=settings,
+            attack=config.attack if tuning else None,
+            noise=config.noise if tuning else None,
+            schedule=schedule,
+            num_steps=num_steps,
+            crop=config.data.crop,
+            flip=config.data.flip,
+            seed=config.run.seed,
+            channels_last=config.model.channels_last,
+        )
+        return loop.Phase(
+            config, settings, recipe, train, held_out, self.directory, self._emit, self.stop_requested
+        )
+
+    def _state(self, net: nn.Module, position: Position, phase: loop.Phase) -> TrainState:
+        tuning = position.phase == "train"
+        return make_state(
+            net,
+            position,
+            phase.settings,
+            self.config.compress if tuning else None,
+            self.config.noise if tuning else None,
+            phase.recipe.num_steps,
+            Transport(),
+            self.device,
+        )
+
+    def _export(self, net: nn.Module, phase: str, source: Source) -> None:
+        averaged = scoring.averaged(net, Transport())
+        if dist.get_rank() == 0:
+            save_model_file(self._model_path(phase), averaged, self.config.model.name, source)
+        Transport().gather_rows(torch.zeros(1))  # no rank reads it before it is there
+
+    def _model_path(self, phase: str) -> Path:
+        return self.directory.models / f"{MODEL_NAMES[phase]}.pt"
+
+    def _evaluate(self, test: Source, source: Source, rank: int, num_ranks: int) -> None:
+        """Clean and PGD accuracy on the test file, of the model before and after fine-tuning."""
+        settings, attack = self.config.evaluate, self.config.attack
+        shard = self._on_all_ranks(lambda: self._shard(test, rank, num_ranks, None))
+        attacks: list[tuple[Attack, Threat | None, int]] = [(scoring.NATURAL, None, 0)]
+        if attack is not None:
+            eps = attack.eps if settings.eps is None else settings.eps
+            attacks.append((Attack("pgd", steps=settings.steps), Threat(attack.norm, eps), settings.images))
+        before = self.config.model.weights if self.config.pretrain is None else self._model_path("pretrain")
+        for label, path in (("pre-trained", before), ("fine-tuned", self._model_path("train"))):
+            if path is None:
+                continue
+            net = build_model(self.config.model.name, source, self.config.run.seed).to(self.device)
+            load_model_file(net, path)
+            net.eval()
+            for chosen, threat, limit in attacks:
+                result = scoring.distributed_score(
+                    net,
+                    shard,
+                    chosen,
+                    threat,
+                    limit=limit,
+                    batch_size=settings.batch_size,
+                    seed=self.config.run.seed,
+                    transport=Transport(),
+                )
+                self._emit({
+                    "event": "evaluation",
+                    "model": label,
+                    "attack": result.attack,
+                    "accuracy": result.accuracy,
+                    "low": result.low,
+                    "high": result.high,
+                    "samples": result.samples,
+                    "seed": result.seed,
+                    "seconds": result.seconds,
+                    "flags": list(result.flags),
+                })
+
+    def _emit(self, record: dict[str, Any]) -> None:
+        self.sinks.write({"event": record["event"], "time": time.time(), **record})
+
+    def _on_all_ranks(self, work: Callable[[], Any]) -> Any:
+        """Does `work` on every rank; an error on one becomes the same error on all, instead of a wait for a timeout."""
+        result, mine = None, None
+        try:
+            result = work()
+        except DistrobustError as error:
+            mine = error
+        everyone: list[DistrobustError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        for error in everyone:
+            if error is not None:
+                raise error
+        return result
+
+
+def _sinks(config: Config, directory: RunDirectory) -> Iterator[Sink]:
+    from distrobust.metrics.jsonl import JsonLines
+    from distrobust.metrics.prometheus import Exporter
+
+    rank = dist.get_rank()
+    if rank == 0:
+        yield JsonLines(directory.metrics)
+    if config.metrics.port is not None:
+        yield Exporter(
+            directory.path.name,
+            rank,
+            host=config.metrics.host,
+            port=config.metrics.port,
+            file_sd=directory.targets,
+            local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+        )
+
+
+@contextmanager
+def _stop_requests(directory: RunDirectory) -> Iterator[Callable[[], bool]]:
+    """Whether to leave: the run directory's stop file, or SIGINT or SIGTERM to this process. A second signal kills."""
+    asked = threading.Event()
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, _frame: object) -> None:
+        asked.set()
+        signal.signal(number, previous[number] or signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield lambda: asked.is_set() or directory.stop.exists()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

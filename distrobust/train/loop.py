@@ -1,0 +1,206 @@
+"""One phase of a run: steps, records, the ranks' heartbeat, accuracy after each epoch, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distrobust.adversarial.attacks import Attack
+from distrobust.adversarial.threat import Threat
+from distrobust.config import Config, PhaseConfig
+from distrobust.data import Shard
+from distrobust.errors import DivergedError
+from distrobust.optim.lanton import mean_by_layer
+from distrobust.train import checkpoint, scoring
+from distrobust.train.rundir import RunDirectory
+from distrobust.train.state import TrainState
+from distrobust.train.step import Recipe, StepResult, train_step
+
+_log = logging.getLogger(__name__)
+
+Emit = Callable[[dict[str, Any]], None]
+
+EPOCH_ATTACK = Attack("pgd", steps=10)
+
+
+@dataclass
+class _Window:
+    """What happened since the last record, on this rank."""
+
+    results: list[StepResult] = field(default_factory=list)
+    hook_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase needs besides its state."""
+
+    config: Config
+    settings: PhaseConfig
+    recipe: Recipe
+    train: Shard
+    held_out: Shard
+    directory: RunDirectory
+    emit: Emit
+    stop_requested: Callable[[], bool]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.train.num_steps(self.settings.batch_size)
+
+
+def run_phase(state: TrainState, phase: Phase) -> bool:
+    """Runs `state` to the end of its phase; False if a stop request ended it early (a checkpoint was made).
+
+    Every rank makes the same decisions at the same steps. Raises DivergedError when ranks' parameters differ, or after
+    too many skipped steps in a row.
+    """
+    per_epoch, total = phase.steps_per_epoch, phase.recipe.num_steps
+    window = _Window(hook_s=state.compression.seconds)
+    device = next(state.net.parameters()).device
+    while state.position.step < total:
+        epoch, first = divmod(state.position.step, per_epoch)
+        for images, labels in phase.train.batches(epoch, phase.settings.batch_size, first):
+            result = train_step(state, images.to(device), labels.to(device), phase.recipe, phase.train.rank)
+            state.position = dataclasses.replace(state.position, step=state.position.step + 1)
+            state.samples += phase.settings.batch_size
+            window.results.append(result)
+            _check_skipped(state, phase)
+            step = state.position.step
+            at_epoch_end = step % per_epoch == 0
+            if step % phase.config.metrics.every == 0 or at_epoch_end:
+                stop = _heartbeat(state, phase, window)
+                window = _Window(hook_s=state.compression.seconds)
+                if at_epoch_end:
+                    _score_epoch(state, phase)
+                every = phase.config.checkpoint.every or per_epoch
+                if stop or step % every == 0 or at_epoch_end:
+                    save(state, phase)
+                if stop and step < total:
+                    return False
+    return True
+
+
+def save(state: TrainState, phase: Phase) -> None:
+    """A checkpoint at the state's position; a failure is reported and training goes on."""
+    started = time.perf_counter()
+    problem = checkpoint.save(
+        phase.directory.checkpoints,
+        state.position,
+        state.shared(),
+        state.own(),
+        state.compression.settings.transport,
+        phase.config.checkpoint.keep,
+    )
+    if problem:
+        phase.emit({"event": "notice", "text": problem})
+        _log.error(problem)
+        return
+    phase.emit({
+        "event": "checkpoint",
+        "phase": state.position.phase,
+        "step": state.position.step,
+        "seconds": time.perf_counter() - started,
+    })
+
+
+def parameter_digest(state: TrainState) -> Tensor:
+    """One int64 of all parameters' bits: equal on replicas that are equal, different after any single flipped bit."""
+    total = torch.zeros((), dtype=torch.int64)
+    for index, parameter in enumerate(state.net.parameters()):
+        bits = parameter.detach().contiguous().view(torch.int32).to(torch.int64).sum()
+        total += bits.cpu() * (2 * index + 1)
+    return total
+
+
+def _check_skipped(state: TrainState, phase: Phase) -> None:
+    limit, count = phase.settings.max_skipped_steps, state.compression.skipped_in_a_row
+    if count >= limit:
+        raise DivergedError(
+            f"{state.position.phase}, step {state.position.step}: non-finite gradients {count} steps in a row; "
+            f"lower {state.position.phase}.schedule.peak or look at the data; the last checkpoint is kept"
+        )
+
+
+def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
+    """Exchanges 40 bytes a rank: loss, accuracy, a digest of the parameters and whether someone was asked to stop."""
+    transport = state.compression.settings.transport
+    results = window.results
+    samples = sum(result.samples for result in results)
+    loss = sum((result.loss.double() * result.samples for result in results), torch.zeros((), dtype=torch.float64))
+    correct = sum((result.correct.double() for result in results), torch.zeros((), dtype=torch.float64))
+    numbers = torch.stack([loss.cpu(), correct.cpu()]).view(torch.int64)
+    row = torch.cat([numbers, torch.tensor([samples, phase.stop_requested()]), parameter_digest(state).view(1)])
+    rows = transport.gather_rows(row.to(next(state.net.parameters()).device)).cpu()
+    differing = [rank for rank in range(len(rows)) if rows[rank, 4] != rows[0, 4]]
+    if differing:
+        raise DivergedError(
+            f"{state.position.phase}, step {state.position.step}: parameters of ranks {differing} differ from rank 0's; "
+            "start again to continue from the last checkpoint"
+        )
+    sums = rows[:, :2].contiguous().view(torch.float64).sum(dim=0)
+    count = int(rows[:, 2].sum())
+    last, step = results[-1], state.position.step
+    compression = state.compression
+    phase.emit({
+        "event": "step",
+        "phase": state.position.phase,
+        "step": step,
+        "epoch": step / phase.steps_per_epoch,
+        "loss": float(sums[0]) / count,
+        "accuracy": float(sums[1]) / count,
+        "lr": last.rate,
+        "eps": phase.recipe.eps(step - 1),
+        "density": compression.density_at(step - 1),
+        "sent_bytes": compression.sent_bytes,
+        "dense_bytes": compression.dense_bytes,
+        "step_s": sum(result.step_s for result in results) / len(results),
+        "attack_s": sum(result.attack_s for result in results) / len(results),
+        "hook_s": (compression.seconds - window.hook_s) / len(results),
+        "residual_norm_ratio": compression.residual_norm_ratio(),
+        "nonfinite_steps": compression.skipped_steps,
+        "layer_lr_ratio": mean_by_layer(last.ratios),
+        "samples": state.samples,
+    })
+    return bool(rows[:, 3].any())
+
+
+def _score_epoch(state: TrainState, phase: Phase) -> None:
+    config, transport = phase.config, state.compression.settings.transport
+    net = scoring.averaged(state.net, transport)
+
+    def scored(attack: Attack, threat: Threat | None, limit: int) -> scoring.Score:
+        return scoring.distributed_score(
+            net,
+            phase.held_out,
+            attack,
+            threat,
+            limit=limit,
+            batch_size=config.evaluate.batch_size,
+            seed=config.run.seed,
+            transport=transport,
+        )
+
+    clean = scored(scoring.NATURAL, None, 0)
+    record: dict[str, Any] = {
+        "event": "epoch",
+        "phase": state.position.phase,
+        "step": state.position.step,
+        "epoch": state.position.step // phase.steps_per_epoch,
+        "clean_accuracy": clean.accuracy,
+        "robust_accuracy": None,
+        "attack": "",
+        "samples": clean.samples,
+    }
+    if config.attack is not None:
+        threat = Threat(config.attack.norm, config.attack.eps)
+        robust = scored(EPOCH_ATTACK, threat, config.evaluate.held_out_images)
+        record.update(robust_accuracy=robust.accuracy, attack=robust.attack, samples=robust.samples)
+    phase.emit(record)

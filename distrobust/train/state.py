@@ -1,0 +1,110 @@
+"""Everything of a phase that survives a restart."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distrobust.comm.hook import attach
+from distrobust.comm.state import Compression
+from distrobust.comm.transport import Transport
+from distrobust.config import CompressConfig, NoiseConfig, PhaseConfig
+from distrobust.optim.noise import TemporalNoise
+from distrobust.train.checkpoint import Position
+
+
+@dataclass
+class TrainState:
+    """One phase on one rank. `net` is the inner module, `ddp` its wrapper with the compression hook."""
+
+    position: Position
+    net: nn.Module
+    ddp: DistributedDataParallel
+    optimizer: torch.optim.SGD
+    compression: Compression
+    noise: TemporalNoise | None
+    samples: int = 0
+
+    def shared(self) -> dict[str, Any]:
+        """The same on every rank."""
+        return {
+            "parameters": {name: p.detach() for name, p in self.net.named_parameters()},
+            "optimizer": self.optimizer.state_dict(),
+            "samples": self.samples,
+        }
+
+    def own(self) -> dict[str, Any]:
+        """This rank's."""
+        return {
+            "buffers": dict(self.net.named_buffers()),
+            "compression": self.compression.state_dict(),
+            "noise": None if self.noise is None else self.noise.state_dict(),
+        }
+
+    def load(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        self.compression.load_state_dict(own["compression"])
+        with torch.no_grad():
+            for name, parameter in self.net.named_parameters():
+                parameter.copy_(shared["parameters"][name])
+            for name, buffer in self.net.named_buffers():
+                buffer.copy_(own["buffers"][name])
+        self.optimizer.load_state_dict(shared["optimizer"])
+        if self.noise is not None:
+            self.noise.load_state_dict(own["noise"])
+        self.samples = shared["samples"]
+
+
+def make_state(
+    net: nn.Module,
+    position: Position,
+    phase: PhaseConfig,
+    compress: CompressConfig | None,
+    noise: NoiseConfig | None,
+    num_steps: int,
+    transport: Transport,
+    device: torch.device,
+) -> TrainState:
+    """A phase at its first step. Without `compress` the hook runs dense, which is DDP with SGD to the bit."""
+    ddp = _wrap(net, transport, device)
+    optimizer = torch.optim.SGD(
+        [{"params": [p], "name": name} for name, p in net.named_parameters()] if noise else net.parameters(),
+        lr=phase.schedule.peak,
+        momentum=phase.momentum,
+        nesterov=phase.nesterov,
+        weight_decay=phase.weight_decay,
+    )
+    estimator = TemporalNoise(noise.beta2) if noise else None
+    chosen = compress or CompressConfig(density=1.0)
+    compression = attach(
+        ddp,
+        optimizer,
+        chosen.density,
+        num_steps=num_steps,
+        warmup=chosen.warmup,
+        ladder=chosen.ladder,
+        values=chosen.values,
+        selector=chosen.selector,
+        masking=chosen.masking,
+        clip=chosen.clip,
+        fuse_below=chosen.fuse_below,
+        observe=estimator.observe if estimator else None,
+        transport=transport,
+    )
+    if estimator is not None:
+        compression.on_commit = estimator.commit
+    return TrainState(position, net, ddp, optimizer, compression, estimator)
+
+
+def _wrap(net: nn.Module, transport: Transport, device: torch.device) -> DistributedDataParallel:
+    """DDP that sends gradients and nothing else: every rank builds the same weights, batch norm is averaged by us."""
+    options: dict[str, Any] = {"init_sync": False, "gradient_as_bucket_view": True}
+    # torch 2.13 renamed broadcast_buffers and warns about the old name; older ones know no other
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(net, device_ids=devices, process_group=transport.group, **options)

@@ -1,0 +1,122 @@
+"""One optimizer step: augment, attack, backward through the compression hook, rates, step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from distrobust.adversarial import losses
+from distrobust.adversarial.attacks import Attack
+from distrobust.adversarial.threat import Threat
+from distrobust.config import AttackConfig, NoiseConfig, PhaseConfig
+from distrobust.data import crop_and_flip
+from distrobust.optim import lanton
+from distrobust.optim.schedules import Schedule, ramp
+from distrobust.train.randomness import generator_at, seed_of
+from distrobust.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a phase does at every step."""
+
+    phase: PhaseConfig
+    attack: AttackConfig | None
+    noise: NoiseConfig | None
+    schedule: Schedule
+    num_steps: int
+    crop: int
+    flip: bool
+    seed: int
+    channels_last: bool
+
+    def eps(self, step: int) -> float:
+        """Budget of a step in image units; 0 without an attack."""
+        return 0.0 if self.attack is None else self.attack.eps * ramp(step / self.num_steps, self.attack.ramp)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss` (mean) and `correct` over this rank's `samples` images, as trained on; seconds of host time."""
+
+    loss: Tensor
+    correct: Tensor
+    samples: int
+    rate: float
+    ratios: dict[str, float]
+    step_s: float
+    attack_s: float
+
+
+def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe, rank: int) -> StepResult:
+    """images (B, C, H, W) uint8 and labels (B,) int64 on the model's device. Advances `state` by one step.
+
+    A step with a non-finite gradient on any rank changes nothing but the counters: no parameter, residual, rate or
+    batch-norm statistic. Raises CommError or CodecError if the exchange failed.
+    """
+    started = time.perf_counter()
+    step, ordinal = state.position.step, state.position.ordinal
+    generator = generator_at(images.device, recipe.seed, ordinal, step, rank)
+    torch.manual_seed(seed_of(recipe.seed, ordinal, step, rank, 1))  # for layers that draw, such as dropout
+    x = crop_and_flip(images, generator, pad=recipe.crop, flip=recipe.flip).float().div_(255)
+    if recipe.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    kept = [buffer.clone() for buffer in state.net.buffers()]
+
+    state.ddp.train()
+    state.optimizer.zero_grad(set_to_none=True)
+    forward_started = started
+
+    def forward(inputs: Tensor) -> Tensor:
+        nonlocal forward_started
+        forward_started = time.perf_counter()
+        return state.ddp(inputs)  # type: ignore[no-any-return]
+
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.phase.precision == "bf16"):
+        output = _loss(recipe, step)(forward, state.net, x, labels, generator=generator)
+    try:
+        output.loss.backward()
+    except Exception as error:
+        state.compression.raise_for(error)
+
+    ratios = _set_rates(state, recipe, step)
+    if state.compression.skipped:
+        torch._foreach_copy_(list(state.net.buffers()), kept)
+    state.optimizer.step()
+    correct = (output.logits.argmax(1) == labels).sum()
+    rate = recipe.schedule.at(step / recipe.num_steps)
+    finished = time.perf_counter()
+    return StepResult(
+        output.loss.detach(), correct, len(labels), rate, ratios, finished - started, forward_started - started
+    )
+
+
+def _loss(recipe: Recipe, step: int) -> partial[losses.LossOutput]:
+    smoothing = recipe.phase.label_smoothing
+    if recipe.attack is None:
+        return partial(losses.natural, label_smoothing=smoothing)
+    settings = recipe.attack
+    attack = Attack(settings.name, settings.steps, settings.step_size)
+    threat = Threat(settings.norm, recipe.eps(step))
+    if settings.loss == "trades":
+        return partial(losses.trades, attack=attack, threat=threat, beta=settings.beta, label_smoothing=smoothing)
+    return partial(losses.pgd_at, attack=attack, threat=threat, label_smoothing=smoothing)
+
+
+def _set_rates(state: TrainState, recipe: Recipe, step: int) -> dict[str, float]:
+    """This step's learning rate, per layer where noise is measured; returns each parameter's ratio to the base."""
+    base = recipe.schedule.at(step / recipe.num_steps)
+    ratios: dict[str, float] = {}
+    compression = state.compression
+    if state.noise is not None and recipe.noise is not None:
+        if not compression.skipped:
+            num_ranks = compression.settings.transport.num_ranks
+            state.noise.update(compression.side, num_ranks if compression.side_is_local else 1)
+        groups = lanton.default_groups(compression.parameters)
+        ratios = lanton.rate_ratios(state.noise.noise, groups, recipe.noise.alpha)
+    lanton.set_rates(state.optimizer, base, ratios)
+    return ratios
