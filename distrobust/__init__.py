@@ -1,10 +1,10 @@
 """Training across slow links, without giving up accuracy or robustness.
 
-    model = DistributedDataParallel(net)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    compression = distrobust.compress(model, optimizer, density=0.001, num_steps=len(loader) * epochs)
-    ...                                                                   # the loop stays as it was
-    torch.save({"model": ..., "compression": compression.state_dict()}, path)
+model = DistributedDataParallel(net)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+compression = distrobust.compress(model, optimizer, density=0.001, num_steps=len(loader) * epochs)
+...                                                                   # the loop stays as it was
+torch.save({"model": ..., "compression": compression.state_dict()}, path)
 """
 
 from __future__ import annotations

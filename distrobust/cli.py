@@ -14,12 +14,15 @@ import click
 
 from distrobust import __version__
 from distrobust import config as configuration
-from distrobust.config import Config
 from distrobust.errors import ConfigError, DistrobustError
 from distrobust.train.rundir import Outcome, RunDirectory
 
 _SET = click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the file; repeatable."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a value of the file; repeatable.",
 )
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 
@@ -84,7 +87,9 @@ def train(file: Path, overrides: tuple[str, ...], launcher: str | None) -> None:
 
 @commands.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--data", "data_path", required=True, type=click.Path(path_type=Path), help="Directory with test.parquet.")
+@click.option(
+    "--data", "data_path", required=True, type=click.Path(path_type=Path), help="Directory with test.parquet."
+)
 @click.option("--eps", default="8/255", show_default=True, help="Budget, inputs in [0, 1].")
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
 @click.option("--steps", default=20, show_default=True, help="PGD steps.")

@@ -6,6 +6,7 @@ impossible values say their path, what they were and what was wanted. Nothing in
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -243,7 +244,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file, see launch/") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a YAML file, see launch/"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -299,10 +302,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: the value is not YAML; quote it") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     for key in keys[:-1]:
         inner = values.get(key)
         if inner is None:

@@ -122,9 +122,7 @@ def _tiles(story: Story) -> str:
         tiles.append((f"{times(factor)} times fewer", f"bytes: {sent} per worker, dense {dense}"))
     if story.seconds is not None:
         tiles.append((_duration(story.seconds), "wall time"))
-    cells = (
-        f"<div><strong>{escape(value)}</strong><span>{escape(name)}</span></div>" for value, name in tiles
-    )
+    cells = (f"<div><strong>{escape(value)}</strong><span>{escape(name)}</span></div>" for value, name in tiles)
     return f'<section class="tiles" aria-label="Main results">{"".join(cells)}</section>' if tiles else ""
 
 
@@ -150,16 +148,12 @@ def _evaluations(story: Story) -> str:
         rows.append(
             f"<tr><th scope=row>{escape(str(row.get('model')))}</th><td>{escape(str(row.get('attack')))}</td>"
             f"<td class=n><strong>{percent(row.get('accuracy'))}</strong></td><td>{bar}</td>"
-            + "".join(
-                f"<td class={kind}>{escape(text)}</td>" for kind, text in zip("nnnt", texts, strict=True)
-            )
+            + "".join(f"<td class={kind}>{escape(text)}</td>" for kind, text in zip("nnnt", texts, strict=True))
             + "</tr>"
         )
     names = ["model", "attack", "accuracy", "0 to 100 %", "95 % interval", "samples", "seed", "flags"]
     head = "".join(f"<th scope=col>{name}</th>" for name in names)
-    sent = "".join(
-        f"<p>{escape(line)}.</p>" for line in traffic([step for p in story.phases for step in p.steps])
-    )
+    sent = "".join(f"<p>{escape(line)}.</p>" for line in traffic([step for p in story.phases for step in p.steps]))
     return (
         "<section><h2>Before and after</h2><div class=scroll><table>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -184,8 +178,7 @@ def _plots(story: Story, plots: Sequence[Figure]) -> str:
     drawn = []
     for plot in plots:
         legend = "".join(
-            f'<span><i style="background:{colour}"></i>{escape(label)}</span>'
-            for label, colour in plot.legend
+            f'<span><i style="background:{colour}"></i>{escape(label)}</span>' for label, colour in plot.legend
         )
         drawn.append(
             f"<figure><figcaption><h3>{escape(plot.title)}</h3>"
@@ -206,9 +199,7 @@ def _settings(story: Story) -> str:
     for title, key in (("Resolved configuration", "config"), ("Versions", "versions")):
         values = story.run.get(key)
         if values:
-            rows = "".join(
-                f"<div><dt>{escape(path)}</dt><dd>{escape(text)}</dd></div>" for path, text in _flat(values)
-            )
+            rows = "".join(f"<div><dt>{escape(path)}</dt><dd>{escape(text)}</dd></div>" for path, text in _flat(values))
             sections.append(f"<details><summary>{title}</summary><dl>{rows}</dl></details>")
     return f"<section>{''.join(sections)}</section>" if sections else ""
 
@@ -233,9 +224,7 @@ def _main_attack(story: Story) -> str | None:
 
 def _before_after(story: Story, attack: str) -> list[float]:
     """The accuracy of the first and of the last model evaluated under `attack`, or of the only one."""
-    rows = [
-        row for row in story.evaluations if row.get("attack") == attack and row.get("accuracy") is not None
-    ]
+    rows = [row for row in story.evaluations if row.get("attack") == attack and row.get("accuracy") is not None]
     return [float(row["accuracy"]) for row in (rows[:1] + rows[-1:] if len(rows) > 1 else rows)]
 
 

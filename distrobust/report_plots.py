@@ -114,7 +114,7 @@ def _plots(phases: Sequence[Phase]) -> list[dict[str, Any]]:
         },
         {
             "title": "Loss",
-            "caption": "On the inputs trained on; fine-tuning attacks them, so its loss starts higher.",
+            "caption": "On the inputs trained on; those of fine-tuning are adversarial.",
             "series": [Series("loss", LOSS, _get("loss"))],
             "bottom": 0,
         },
@@ -142,11 +142,16 @@ def _plots(phases: Sequence[Phase]) -> list[dict[str, Any]]:
             "bottom": 0,
         },
         {
+            "title": "Attack radius",
+            "caption": "Of the adversarial examples trained on, where 1 is the range of a pixel.",
+            "series": [Series("eps", ROBUST, lambda record: record.get("eps") or None)],
+            "bottom": 0,
+        },
+        {
             "title": "Learning-rate ratio per layer group",
             "caption": "What the gradient noise of a group makes of the scheduled rate.",
             "series": [
-                Series(name, _GROUPS[number % len(_GROUPS)], _group(name))
-                for number, name in enumerate(groups)
+                Series(name, _GROUPS[number % len(_GROUPS)], _group(name)) for number, name in enumerate(groups)
             ],
         },
         {
@@ -207,9 +212,7 @@ def _figure(
     legend = [(one.label, _PAGE_COLOURS[_SERIES[one.colour]]) for one, _ in shown]
     words = (f"{one.label} from {points[0][1]:.3g} to {points[-1][1]:.3g}{unit}" for one, points in shown)
     view, svg = _svg(canvas, title)
-    return Figure(
-        title, caption, legend if len(legend) > 1 else [], f"{title}: {', '.join(words)}", view, svg
-    )
+    return Figure(title, caption, legend if len(legend) > 1 else [], f"{title}: {', '.join(words)}", view, svg)
 
 
 def _draw(axes: "Axes", phases: Sequence[Phase], series: Series, log: bool) -> list[tuple[int, float]]:
@@ -273,9 +276,7 @@ def _svg(canvas: Any, title: str) -> tuple[str, str]:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.hashsalt": title}
-    ):  # element ids: the same every time, no two plots alike
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # element ids: the same every time, no two plots alike
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\s*", "", buffer.getvalue(), flags=re.DOTALL)
     found = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', text, flags=re.DOTALL)

@@ -75,12 +75,13 @@ def _phases(kept: Sequence[Record]) -> list[Phase]:
 
 
 def _restarts(records: Sequence[Record], phases: Mapping[str, Phase]) -> list[tuple[int, str]]:
-    """Where each start but the first resumed: at `resumed_step` of the phase that is named next."""
+    """Where each start but the first resumed: `resumed_step` of `resumed_phase`, or of the phase named next."""
     restarts: list[tuple[int, str]] = []
     starts = [place for place, record in enumerate(records) if record.get("event") == "run"]
     for place in starts[1:]:
+        named = [record.get("phase") for record in records[place:] if "phase" in record]
+        phase = phases.get(str(records[place].get("resumed_phase") or (named or [None])[0]))
         step = int(records[place].get("resumed_step") or 0)
-        phase = next((phases[str(r["phase"])] for r in records[place:] if "phase" in r), None)
         if phase is not None:
             restarts.append((phase.offset + step, f"resumed after step {step:,} of {phase.title}"))
     return restarts

@@ -186,10 +186,10 @@ def _decode(layout: Layout, messages: Tensor, parts: list[Part]) -> tuple[Mean, 
             total.index_add_(0, indices, values)
     for total in sums:
         total /= num_ranks
-    names = [part.name for part in parts]
+    order = [part.name for part in parts]
     used = torch.stack([one.used for one in finite]).any(dim=0).tolist()
     side = (torch.stack([one.side for one in finite]).sum(dim=0) / num_ranks).tolist()
-    mean = Mean(None, used=dict(zip(names, used, strict=True)), side=dict(zip(names, side, strict=False)))
+    mean = Mean(None, used=dict(zip(order, used, strict=True)), side=dict(zip(order, side, strict=False)))
     mean.side_is_local = True
     return mean, sums
 

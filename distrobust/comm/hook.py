@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import GradBucket
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +32,7 @@ def compression_hook(state: Compression, bucket: GradBucket) -> Future[Tensor]:
     buffer = bucket.buffer()
     parts = []
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-        start = gradient.storage_offset() - buffer.storage_offset()
+        start = int(gradient.storage_offset() - buffer.storage_offset())
         parts.append(state.part(parameter, start, buffer[start : start + gradient.numel()]))
     return state.reduce(buffer, parts, is_first=bucket.index() == 0, is_last=bucket.is_last())
 

@@ -1,9 +1,9 @@
 """Everything `distrobust.compress` hands out: the residuals, one backward pass at a time, and what to save.
 
-A pass is all buckets of one backward. Its buckets write next buffers and issue their collective as gradients become ready;
-when the last one has been decoded the verdict is the same on every rank: either all residuals commit and the
-means are handed to DDP, or (some rank had a non-finite gradient) none does, the gradients become NaN and the optimizer's
-step is skipped. Futures of early buckets therefore complete together with the last one; DDP waits for all anyway.
+A pass is all buckets of one backward. Its buckets write next buffers and issue their collective as gradients become
+ready; when the last one has been decoded the verdict is the same on every rank: either all residuals commit and the
+means are handed to DDP, or (some rank had a non-finite gradient) none does, the gradients become NaN and the
+optimizer's step is skipped. Futures of early buckets complete together with the last one; DDP waits for all anyway.
 """
 
 from __future__ import annotations
@@ -65,11 +65,10 @@ class Compression:
         self.density = density
         self.parameters = parameters
         self.residuals = {
-            name: Residual(parameter.numel(), rules[name], parameter.device)
-            for name, parameter in parameters.items()
+            name: Residual(parameter.numel(), rules[name], parameter.device) for name, parameter in parameters.items()
         }
         self._fused = {n: r for n, r in self.residuals.items() if r.v.numel() < fuse_below}
-        self._names = {parameter: name for name, parameter in parameters.items()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scale = scale
         self._pass: _Pass | None = None
         self.step = 0
@@ -100,7 +99,7 @@ class Compression:
         worth_it = transport.num_ranks == 1 or sparse < transport.reduce_bytes(4 * n)
         return density if worth_it and density < 1.0 else 1.0
 
-    def part(self, parameter: Parameter, start: int, gradient: Tensor) -> Part:
+    def part(self, parameter: Tensor, start: int, gradient: Tensor) -> Part:
         """The piece of a bucket that belongs to `parameter`."""
         name = self._names[parameter]
         return Part(name, start, gradient, flat(parameter.detach()), self.residuals[name])
@@ -199,7 +198,7 @@ class Compression:
         return math.sqrt(kept / applied) if applied > 0 and math.isfinite(applied) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Residuals in the parameters' own shapes, so that memory format and buckets may differ when they are loaded."""
+        """Residuals in the parameters' own shapes: memory format and buckets may differ when they are loaded."""
         residuals = {}
         for name, residual in self.residuals.items():
             shaped = {"v": unflat(residual.v, self.parameters[name])}
@@ -219,7 +218,7 @@ class Compression:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict()` of the same rank; raises CheckpointError, changing nothing, if it does not fit."""
+        """Continues from the same rank's `state_dict()`; raises CheckpointError, changing nothing, if it does not fit."""
         transport = self.settings.transport
         place = (state["rank"], state["num_ranks"])
         if place != (transport.rank, transport.num_ranks):

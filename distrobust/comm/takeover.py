@@ -1,7 +1,7 @@
 """Moves momentum and coupled weight decay out of an optimizer, so that each is applied once.
 
-Momentum left in the optimizer would act on top of the residual's (Paddle shipped that), and weight decay left there would
-act on coordinates that were not sent (it cost 2 % ImageNet accuracy elsewhere). What cannot be moved is refused.
+Momentum left in the optimizer would act on top of the residual's (Paddle shipped that), and weight decay left there
+would act on coordinates that were not sent (it cost 2 % ImageNet accuracy elsewhere). What cannot be moved is refused.
 """
 
 from __future__ import annotations

@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+# torch 2.13 renamed it and warns about the old name; older ones know no other
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Transport:
-    """Collectives over `group` (None: the default group). All of them are issued at once and waited for through a future."""
+    """Collectives over `group` (None: the default group), issued at once and waited for through a future."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -27,13 +30,14 @@ class Transport:
         """`message` (s,) uint8, of equal length on all ranks; the value is (num_ranks, s), in rank order."""
         self.sent_bytes += (self.num_ranks - 1) * message.numel() * message.element_size()
         received = message.new_empty((self.num_ranks, message.numel()))
-        work = dist.all_gather_into_tensor(received.view(-1), message, group=self.group, async_op=True)
+        work = _all_gather(received.view(-1), message, group=self.group, async_op=True)
 
         def result(future: Future[Any]) -> Tensor:
             future.value()  # raises if a peer is gone; without it `received` would be read uninitialised
             return received
 
-        return work.get_future().then(result)
+        future: Future[Any] = work.get_future()
+        return future.then(result)
 
     def all_reduce(self, tensor: Tensor) -> Future[Any]:
         """Sums `tensor` over ranks in place; the value is `tensor`."""
@@ -44,7 +48,8 @@ class Transport:
             future.value()
             return tensor
 
-        return work.get_future().then(result)
+        future: Future[Any] = work.get_future()
+        return future.then(result)
 
     def reduce_bytes(self, num_bytes: int) -> int:
         """What every rank sends for a ring all_reduce of `num_bytes`."""

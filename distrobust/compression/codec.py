@@ -7,7 +7,7 @@ on n and k only and lies within half a bit per index of the entropy, so every ra
 Values: fp32, fp16 or bf16. fp16 carries one shared power-of-two exponent (one signed byte), because accumulated
 gradients of 1e-8 would otherwise vanish below its smallest number and those of 1e5 become infinite.
 
-`encode` also returns what a receiver will decode; the difference stays in the residual (DESIGN: sent + kept = accumulated).
+`encode` also returns what a receiver will decode; the difference stays in the residual: sent + kept = accumulated.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ w weight, u velocity, v accumulated velocity, m momentum, N workers, S the coord
     v[S] <- v[S] - sent;  u[S] <- 0             momentum factor masking
 
 Differences from the paper: what leaves v is what receivers decode (rounding stays), not v[S]; for Nesterov u holds
-torch's momentum buffer, so that the paper's u is m times ours and the two forms agree. Momentum 0 is plain error feedback,
-for optimizers with a momentum of their own; it keeps no u.
+torch's momentum buffer, so that the paper's u is m times ours and the two forms agree. Momentum 0 is plain error
+feedback, for optimizers with a momentum of their own; it keeps no u.
 
 A step is written to a second pair of buffers, so that a step that must not happen is dropped without a trace, to the
 bit, whatever the gradient held: in-place sums cannot be undone once a NaN went in. Price: 2 n more floats.

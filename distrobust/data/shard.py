@@ -58,6 +58,7 @@ class Shard:
         if rows is not None and rows.total_rows != source.total_rows:
             raise ValueError(f"selection is of {rows.total_rows} rows, the source has {source.total_rows}")
         selected = np.arange(source.total_rows) if rows is None else rows.rows()
+        self.selected: Indices = selected  #: of all ranks together, ascending
         group_starts = np.array([group.first_row for group in source.row_groups])
         self.source, self.rank, self.world_size, self.seed = source, rank, world_size, seed
         self.total_rows = len(selected)  #: of all ranks together

@@ -99,10 +99,13 @@ def print_summary(records: Iterable[Mapping[str, Any]], stream: TextIO, report: 
     console = _rich(stream)
     if evaluations:
         console.print(_table(evaluations, plain=not stream.isatty()))
+    flagged: dict[str, list[str]] = {}
+    for row in evaluations:
+        for flag in row.get("flags") or ():
+            flagged.setdefault(str(flag), []).append(f"{row.get('model')} under {row.get('attack')}")
     lines = [
-        f"{row.get('model')}, {row.get('attack')}: {flag}"
-        for row in evaluations
-        for flag in row.get("flags") or ()
+        f"note: {flag}" + ("" if len(rows) == len(evaluations) else f" ({', '.join(rows)})")
+        for flag, rows in flagged.items()
     ]
     lines += traffic(records)
     if report is not None:
@@ -177,9 +180,7 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
         return f"note: {record.get('text')}"
     if event == "evaluation":
         accuracy = percent(record.get("accuracy"))
-        return (
-            f"evaluated {record.get('model')}, {record.get('attack')}: {accuracy} of {record.get('samples')}"
-        )
+        return f"evaluated {record.get('model')}, {record.get('attack')}: {accuracy} of {record.get('samples')}"
     if event == "done":
         return f"done in {record.get('seconds', 0):.0f} s"
     return None

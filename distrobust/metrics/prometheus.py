@@ -115,9 +115,7 @@ class Exporter:
                 f"metrics: cannot listen on host {host!r}: {error.strerror}; use an address of this machine, "
                 "such as 127.0.0.1 or 0.0.0.0"
             ) from error
-        self.notice = (
-            f"metrics port {port} is not available ({reason}); serving on {server.server_port} instead"
-        )
+        self.notice = f"metrics port {port} is not available ({reason}); serving on {server.server_port} instead"
         return server, thread
 
     def _started(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,9 +147,7 @@ class Exporter:
             if metric.event != event or metric.labels is BUILD:
                 continue
             if "group" in metric.labels:
-                plan.append(
-                    (metric.field, _ByGroup(self._families[metric.name], self._labels(metric, record)))
-                )
+                plan.append((metric.field, _ByGroup(self._families[metric.name], self._labels(metric, record))))
             elif metric.kind == "counter":
                 plan.append((metric.field, self._counter(metric, record)))
             else:

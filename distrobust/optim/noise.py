@@ -4,8 +4,8 @@ LANTON (Hao et al., 2025, arXiv 2510.14009), option 1, with the Frobenius norm (
 
     H_t = b2 H_{t-1} + (1 - b2) ||G_t - G_{t-1}||^2
 
-G is the gradient averaged over N workers. Where only local gradients are known, since compression hides their mean, each
-worker measures its own, the workers' values are averaged, and divided by N: noise of independent gradients averages out.
+G is the gradient averaged over N workers. Where only local gradients are known, since compression hides their mean,
+each worker measures its own, the values are averaged, and divided by N: noise of independent gradients averages out.
 One number a parameter travels inside the compressed message, so H is the same on every rank.
 """
 
@@ -36,7 +36,8 @@ class TemporalNoise:
         self._current[name] = gradient.detach().to(torch.float32, copy=True)
         if previous is None:
             return torch.full((), math.nan, device=gradient.device)
-        return torch.linalg.vector_norm(self._current[name] - previous).square()
+        difference: Tensor = torch.linalg.vector_norm(self._current[name] - previous)
+        return difference.square()
 
     def commit(self) -> None:
         """The gradients observed since the last commit were applied: they are the previous ones now."""

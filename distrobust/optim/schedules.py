@@ -52,9 +52,7 @@ class Schedule:
             raise ConfigError(f"schedule.peak: {self.peak}; must be finite and above 0")
         for field, value in (("warmup", self.warmup), ("floor", self.floor)):
             if not 0.0 <= value <= 1.0:
-                raise ConfigError(
-                    f"schedule.{field}: {value}; must be in [0, 1], a share and not a percentage"
-                )
+                raise ConfigError(f"schedule.{field}: {value}; must be in [0, 1], a share and not a percentage")
 
     def at(self, u: float) -> float:
         """The learning rate at progress u in [0, 1]; ValueError outside."""
@@ -80,9 +78,7 @@ def ramp(u: float, share: float) -> float:
     share = 0 means 1 at once. ConfigError for a share outside [0, 1], ValueError for u outside.
     """
     if not 0.0 <= share <= 1.0:
-        raise ConfigError(
-            f"eps ramp share: {share}; must be in [0, 1], a share of the run and not a percentage"
-        )
+        raise ConfigError(f"eps ramp share: {share}; must be in [0, 1], a share of the run and not a percentage")
     _check_progress(u)
     return 1.0 if u >= share else u / share
 

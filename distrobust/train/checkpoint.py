@@ -6,7 +6,7 @@
         manifest.json   phase, step, number of ranks, SHA-256 of every file; written last
 
 Files go into a hidden directory first, which gets its name when every rank has written; a crash at any moment leaves
-the previous checkpoint as it was. Loading unpickles tensors and plain values only (weights_only), so a file runs no code.
+the previous checkpoint as it was. Loading unpickles tensors and plain values only (weights_only): a file runs no code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ class Position:
 
 
 def save(
-    root: Path, position: Position, shared: dict[str, Any], own: dict[str, Any], transport: Transport, keep: int
+    root: Path,
+    position: Position,
+    shared: dict[str, Any],
+    own: dict[str, Any],
+    transport: Transport,
+    keep: int,
 ) -> str | None:
     """Called by every rank. Returns None, or why the checkpoint could not be written (the same on all ranks)."""
     final = root / position.directory_name

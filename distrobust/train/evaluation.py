@@ -15,7 +15,7 @@ from distrobust.adversarial.evaluate import count_correct, foolbox_pgd
 from distrobust.adversarial.threat import Norm, Threat
 from distrobust.errors import ModelError
 from distrobust.train.modelfile import build_model, load_model_file, read_model_file
-from distrobust.train.scoring import NATURAL, first_rows
+from distrobust.train.scoring import first_rows
 
 
 def evaluate_file(

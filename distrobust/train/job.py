@@ -1,6 +1,6 @@
 """The train function: what every rank of a run does, whoever launched it.
 
-The process group exists already. Phases: natural pre-training (optional), adversarial fine-tuning, evaluation of both models.
+The process group exists already. Natural pre-training (optional), adversarial fine-tuning, evaluation of both models.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ MODEL_NAMES = {"pretrain": "pre-trained", "train": "fine-tuned"}
 def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcome:
     """Runs or continues the job on this rank. Rank 0 writes the outcome into the run directory.
 
-    Errors a user can mend end all ranks alike and are returned in the outcome; what another start may mend (a dead peer)
-    is raised, for the launcher to start again.
+    Errors a user can mend end all ranks alike and are returned in the outcome; what another start may
+    mend (a dead peer) is raised, for the launcher to start again.
     """
     torch.set_num_threads(config.cluster.threads)
     directory = RunDirectory(config.run.dir)
@@ -87,15 +87,17 @@ class _Job:
         held_out = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, held_out_rows))
         net = self._on_all_ranks(lambda: self._build(source))
         restored = checkpoint.load(self.directory.checkpoints, Transport())
-        self._emit({
-            "event": "run",
-            "world_size": num_ranks,
-            "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
-            "config": self.config.model_dump(mode="json"),
-            "versions": {"distrobust": __version__, "torch": torch.__version__},
-            "resumed_step": restored[0].step if restored else 0,
-            "resumed_phase": restored[0].phase if restored else None,
-        })
+        self._emit(
+            {
+                "event": "run",
+                "world_size": num_ranks,
+                "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
+                "config": self.config.model_dump(mode="json"),
+                "versions": {"distrobust": __version__, "torch": torch.__version__},
+                "resumed_step": restored[0].step if restored else 0,
+                "resumed_phase": restored[0].phase if restored else None,
+            }
+        )
         for ordinal, name in enumerate(PHASES):
             settings: PhaseConfig | None = getattr(self.config, name)
             if settings is None or (restored is not None and restored[0].ordinal > ordinal):
@@ -105,13 +107,15 @@ class _Job:
             if restored is not None and restored[0].ordinal == ordinal:
                 state.load(*restored[1:])
                 state.position = restored[0]
-            self._emit({
-                "event": "phase",
-                "phase": name,
-                "num_steps": phase.recipe.num_steps,
-                "steps_per_epoch": phase.steps_per_epoch,
-                "num_epochs": settings.epochs,
-            })
+            self._emit(
+                {
+                    "event": "phase",
+                    "phase": name,
+                    "num_steps": phase.recipe.num_steps,
+                    "steps_per_epoch": phase.steps_per_epoch,
+                    "num_epochs": settings.epochs,
+                }
+            )
             if not loop.run_phase(state, phase):
                 return Outcome("stopped", text=f"{name}, step {state.position.step} of {phase.recipe.num_steps}")
             self._export(net, name, source)
@@ -121,10 +125,15 @@ class _Job:
 
     def _describe(self) -> tuple[Source, Source]:
         settings = self.config.data
-        columns = {"image_column": settings.image_column, "label_column": settings.label_column}
-        source = data.describe(settings.path, "train", **columns)
+        image, label = settings.image_column, settings.label_column
+        source = data.describe(settings.path, "train", image_column=image, label_column=label)
         return source, data.describe(
-            settings.path, "test", **columns, channels=source.shape[0], classes=source.class_names
+            settings.path,
+            "test",
+            image_column=image,
+            label_column=label,
+            channels=source.shape[0],
+            classes=source.class_names,
         )
 
     def _shard(self, source: Source, rank: int, num_ranks: int, rows: data.Selection | None) -> Shard:
@@ -144,7 +153,7 @@ class _Job:
         if self.config.model.weights is not None:
             load_model_file(net, self.config.model.weights)
         if self.config.model.channels_last:
-            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            scoring.to_memory_format(net, torch.channels_last)
         return net.to(self.device)
 
     def _phase(self, name: str, settings: PhaseConfig, train: Shard, held_out: Shard) -> loop.Phase:
@@ -162,9 +171,7 @@ class _Job:
             seed=config.run.seed,
             channels_last=config.model.channels_last,
         )
-        return loop.Phase(
-            config, settings, recipe, train, held_out, self.directory, self._emit, self.stop_requested
-        )
+        return loop.Phase(config, settings, recipe, train, held_out, self.directory, self._emit, self.stop_requested)
 
     def _state(self, net: nn.Module, position: Position, phase: loop.Phase) -> TrainState:
         tuning = position.phase == "train"
@@ -214,18 +221,20 @@ class _Job:
                     seed=self.config.run.seed,
                     transport=Transport(),
                 )
-                self._emit({
-                    "event": "evaluation",
-                    "model": label,
-                    "attack": result.attack,
-                    "accuracy": result.accuracy,
-                    "low": result.low,
-                    "high": result.high,
-                    "samples": result.samples,
-                    "seed": result.seed,
-                    "seconds": result.seconds,
-                    "flags": list(result.flags),
-                })
+                self._emit(
+                    {
+                        "event": "evaluation",
+                        "model": label,
+                        "attack": result.attack,
+                        "accuracy": result.accuracy,
+                        "low": result.low,
+                        "high": result.high,
+                        "samples": result.samples,
+                        "seed": result.seed,
+                        "seconds": result.seconds,
+                        "flags": list(result.flags),
+                    }
+                )
 
     def _emit(self, record: dict[str, Any]) -> None:
         self.sinks.write({"event": record["event"], "time": time.time(), **record})
@@ -239,9 +248,9 @@ class _Job:
             mine = error
         everyone: list[DistrobustError | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-        for error in everyone:
-            if error is not None:
-                raise error
+        first = next((error for error in everyone if error is not None), None)
+        if first is not None:
+            raise first
         return result
 
 
@@ -274,8 +283,8 @@ def _stop_requests(directory: RunDirectory) -> Iterator[Callable[[], bool]]:
         signal.signal(number, previous[number] or signal.SIG_DFL)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            previous[wanted] = signal.signal(wanted, handle)
     try:
         yield lambda: asked.is_set() or directory.stop.exists()
     finally:

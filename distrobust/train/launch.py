@@ -34,7 +34,9 @@ def run_here(config: Config, console: Sink) -> Outcome:
             "use launcher ray or torchrun for more"
         )
     with tempfile.TemporaryDirectory() as directory:
-        store = dist.FileStore(str(Path(directory) / "store"), 1)
+        store = dist.FileStore(  # type: ignore[attr-defined]
+            str(Path(directory) / "store"), 1
+        )
         with _process_group(config, store=store, rank=0, world_size=1) as device:
             return job.run(config, device, [console])
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distrobust.adversarial.accuracy import Score
 from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.threat import Threat
 from distrobust.config import Config, PhaseConfig
@@ -103,12 +104,14 @@ def save(state: TrainState, phase: Phase) -> None:
         phase.emit({"event": "notice", "text": problem})
         _log.error(problem)
         return
-    phase.emit({
-        "event": "checkpoint",
-        "phase": state.position.phase,
-        "step": state.position.step,
-        "seconds": time.perf_counter() - started,
-    })
+    phase.emit(
+        {
+            "event": "checkpoint",
+            "phase": state.position.phase,
+            "step": state.position.step,
+            "seconds": time.perf_counter() - started,
+        }
+    )
 
 
 def parameter_digest(state: TrainState) -> Tensor:
@@ -142,33 +145,35 @@ def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
     differing = [rank for rank in range(len(rows)) if rows[rank, 4] != rows[0, 4]]
     if differing:
         raise DivergedError(
-            f"{state.position.phase}, step {state.position.step}: parameters of ranks {differing} differ from rank 0's; "
+            f"{state.position.phase}, step {state.position.step}: parameters of ranks {differing} differ from rank 0; "
             "start again to continue from the last checkpoint"
         )
     sums = rows[:, :2].contiguous().view(torch.float64).sum(dim=0)
     count = int(rows[:, 2].sum())
     last, step = results[-1], state.position.step
     compression = state.compression
-    phase.emit({
-        "event": "step",
-        "phase": state.position.phase,
-        "step": step,
-        "epoch": step / phase.steps_per_epoch,
-        "loss": float(sums[0]) / count,
-        "accuracy": float(sums[1]) / count,
-        "lr": last.rate,
-        "eps": phase.recipe.eps(step - 1),
-        "density": compression.density_at(step - 1),
-        "sent_bytes": compression.sent_bytes,
-        "dense_bytes": compression.dense_bytes,
-        "step_s": sum(result.step_s for result in results) / len(results),
-        "attack_s": sum(result.attack_s for result in results) / len(results),
-        "hook_s": (compression.seconds - window.hook_s) / len(results),
-        "residual_norm_ratio": compression.residual_norm_ratio(),
-        "nonfinite_steps": compression.skipped_steps,
-        "layer_lr_ratio": mean_by_layer(last.ratios),
-        "samples": state.samples,
-    })
+    phase.emit(
+        {
+            "event": "step",
+            "phase": state.position.phase,
+            "step": step,
+            "epoch": step / phase.steps_per_epoch,
+            "loss": float(sums[0]) / count,
+            "accuracy": float(sums[1]) / count,
+            "lr": last.rate,
+            "eps": phase.recipe.eps(step - 1),
+            "density": compression.density_at(step - 1),
+            "sent_bytes": compression.sent_bytes,
+            "dense_bytes": compression.dense_bytes,
+            "step_s": sum(result.step_s for result in results) / len(results),
+            "attack_s": sum(result.attack_s for result in results) / len(results),
+            "hook_s": (compression.seconds - window.hook_s) / len(results),
+            "residual_norm_ratio": compression.residual_norm_ratio(),
+            "nonfinite_steps": compression.skipped_steps,
+            "layer_lr_ratio": mean_by_layer(last.ratios),
+            "samples": state.samples,
+        }
+    )
     return bool(rows[:, 3].any())
 
 
@@ -176,7 +181,7 @@ def _score_epoch(state: TrainState, phase: Phase) -> None:
     config, transport = phase.config, state.compression.settings.transport
     net = scoring.averaged(state.net, transport)
 
-    def scored(attack: Attack, threat: Threat | None, limit: int) -> scoring.Score:
+    def scored(attack: Attack, threat: Threat | None, limit: int) -> Score:
         return scoring.distributed_score(
             net,
             phase.held_out,

@@ -23,7 +23,15 @@ def save_model_file(path: Path, net: nn.Module, name: str, source: Source) -> No
     """Weights with what is needed to build their model again; visible only when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    torch.save({"model": name, "classes": list(source.class_names), "shape": list(source.shape), "state": net.state_dict()}, temporary)
+    torch.save(
+        {
+            "model": name,
+            "classes": list(source.class_names),
+            "shape": list(source.shape),
+            "state": net.state_dict(),
+        },
+        temporary,
+    )
     temporary.replace(path)
 
 

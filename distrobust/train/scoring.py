@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ def averaged(net: nn.Module, transport: Transport) -> nn.Module:
 
     Ranks see different images, so their statistics differ; the copy is the same on all of them.
     """
-    result = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    result = to_memory_format(copy.deepcopy(net), torch.contiguous_format)
     result.zero_grad(set_to_none=True)
     buffers = [buffer for buffer in result.buffers() if buffer.is_floating_point()]
     if buffers and transport.num_ranks > 1:
@@ -33,7 +32,14 @@ def averaged(net: nn.Module, transport: Transport) -> nn.Module:
         mean = transport.all_reduce(joined).wait() / transport.num_ranks
         for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))
-    return result.eval()
+    result.eval()
+    return result
+
+
+def to_memory_format(net: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """`net`, its 4-d tensors laid out anew (torch's annotations of Module.to know no memory format)."""
+    net.to(memory_format=memory_format)  # type: ignore[call-overload]
+    return net
 
 
 def distributed_score(
@@ -61,7 +67,7 @@ def first_rows(shard: Shard, limit: int, batch_size: int) -> Iterator[tuple[Tens
     """This rank's share of the `limit` lowest rows, in order."""
     left = len(shard.rows)
     if 0 < limit < shard.total_rows:
-        bound = np.sort(shard.selected)[limit - 1]
+        bound = shard.selected[limit - 1]
         left = int((shard.rows <= bound).sum())
     for images, labels in shard.in_order(batch_size):
         if left <= 0:

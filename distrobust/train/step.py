@@ -91,7 +91,13 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
     rate = recipe.schedule.at(step / recipe.num_steps)
     finished = time.perf_counter()
     return StepResult(
-        output.loss.detach(), correct, len(labels), rate, ratios, finished - started, forward_started - started
+        output.loss.detach(),
+        correct,
+        len(labels),
+        rate,
+        ratios,
+        finished - started,
+        forward_started - started,
     )
 
 
