@@ -197,6 +197,8 @@ class MetricsConfig(Section):
     """Prometheus, plus the local rank; another free port if taken; 0: any; null: no exporter."""
     host: str = "127.0.0.1"
     """Where the exporter listens."""
+    linger_s: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds the exporter stays after the end, so that the last values are scraped."""
 
 
 class CheckpointConfig(Section):

@@ -6,7 +6,7 @@ half-way, or on another machine. It loads nothing from anywhere; all text from t
 
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def _page(story: Story, plots: Sequence[Figure]) -> str:
 
 
 def _header(story: Story) -> str:
-    started = datetime.fromtimestamp(story.started, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    started = datetime.fromtimestamp(story.started, UTC).strftime("%Y-%m-%d %H:%M UTC")
     state = "finished" if story.seconds is not None else "not finished"
     what = []
     if story.run.get("num_parameters"):

@@ -85,8 +85,7 @@ class Counts:
         """(4 + 2 num_classes,) float64 on the CPU, of the same length on every rank, to be all-reduced
         with SUM."""
         correct, samples = (
-            list(counts) + [0] * (num_classes - len(counts))
-            for counts in (self.class_correct, self.class_samples)
+            list(counts) + [0] * (num_classes - len(counts)) for counts in (self.class_correct, self.class_samples)
         )
         head = [self.zero_gradients, self.nonfinite_gradients, self.training_mode, self.seconds]
         return torch.tensor([*head, *correct, *samples], dtype=torch.float64)
@@ -164,13 +163,9 @@ def reasons_for_distrust(counts: Counts) -> tuple[str, ...]:
     if n < MIN_SAMPLES:
         flags.append(f"few samples: {n}, fewer than {MIN_SAMPLES}")
     if counts.zero_gradients:
-        flags.append(
-            f"zero gradients: the input gradient of {counts.zero_gradients} of {n} images is zero everywhere"
-        )
+        flags.append(f"zero gradients: the input gradient of {counts.zero_gradients} of {n} images is zero everywhere")
     if counts.nonfinite_gradients:
-        flags.append(
-            f"non-finite gradients: in the input gradient of {counts.nonfinite_gradients} of {n} images"
-        )
+        flags.append(f"non-finite gradients: in the input gradient of {counts.nonfinite_gradients} of {n} images")
     if counts.training_mode:
         flags.append("training mode: the model was given in training mode and evaluated in evaluation mode")
     return tuple(flags)

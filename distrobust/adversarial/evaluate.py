@@ -52,9 +52,7 @@ def count_correct(
     if attack is not None and attack.name != "none" and threat is None:
         raise ConfigError(f"evaluation: attack {attack.name!r} needs a threat (norm and eps)")
     if attack is not None and attack.name == "n_fgsm":
-        raise ConfigError(
-            "evaluation: n_fgsm leaves the ball of radius eps, so it measures no robustness; use pgd"
-        )
+        raise ConfigError("evaluation: n_fgsm leaves the ball of radius eps, so it measures no robustness; use pgd")
     tally = _Tally(model)
     for x, y, generator in _prepared(model, batches, seed, indices):
         with _float32_evaluation(model, x.device):
@@ -92,9 +90,7 @@ def foolbox_pgd(
         import foolbox
         from foolbox.models.pytorch import PyTorchModel
     except ImportError as error:
-        raise ConfigError(
-            "evaluation: foolbox is not installed; pip install 'distrobust[evaluation]'"
-        ) from error
+        raise ConfigError("evaluation: foolbox is not installed; pip install 'distrobust[evaluation]'") from error
     threat = Threat(norm, eps)
     make = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
     attack = make(abs_stepsize=threat.eps / 4, steps=steps, random_start=True)

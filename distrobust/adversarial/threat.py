@@ -55,9 +55,10 @@ class Threat:
         return dataclasses.replace(self, eps=share * self.eps)
 
     def describe(self) -> str:
-        """'Linf 8/255', 'L2 0.5': in grey levels where that is a whole number."""
+        """'Linf 8/255', 'L2 0.5': in grey levels where that is a whole number and the decimal is not short."""
         levels = self.eps * 255
-        whole = self.norm == "linf" and self.eps > 0 and abs(levels - round(levels)) < 1e-6
+        short = abs(self.eps - round(self.eps, 2)) < 1e-9  # 0.2 is 0.2 and not 51/255
+        whole = self.norm == "linf" and not short and abs(levels - round(levels)) < 1e-6
         return f"{self.norm.capitalize()} " + (f"{round(levels)}/255" if whole else f"{self.eps:.4g}")
 
 

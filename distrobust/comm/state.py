@@ -110,12 +110,16 @@ class Compression:
         if is_first or self._pass is None:
             self._pass = self._begin(bucket.device)
         current = self._pass
-        if current.dense:
-            future = exchange.launch_dense(self.settings, current.step, bucket, parts)
-        else:
-            future, current.finite = exchange.launch_sparse(
-                self.settings, current.step, bucket, parts, is_last, current.finite
-            )
+        try:
+            if current.dense:
+                future = exchange.launch_dense(self.settings, current.step, bucket, parts)
+            else:
+                future, current.finite = exchange.launch_sparse(
+                    self.settings, current.step, bucket, parts, is_last, current.finite
+                )
+        except Exception as error:
+            self.error = error
+            raise
         current.buckets.append((bucket, parts))
         current.means.append(future)
         if is_last:
@@ -218,7 +222,7 @@ class Compression:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from the same rank's `state_dict()`; raises CheckpointError, changing nothing, if it does not fit."""
+        """Continues from the same rank's `state_dict()`; CheckpointError, changing nothing, if it does not fit."""
         transport = self.settings.transport
         place = (state["rank"], state["num_ranks"])
         if place != (transport.rank, transport.num_ranks):
@@ -247,13 +251,12 @@ class Compression:
         transport.sent_bytes = state["sent_bytes"]
         self.dense_bytes = state["dense_bytes"]
 
-    def raise_for(self, error: Exception) -> None:
-        """Turns what a failed backward() raised into the error that caused it, with its type."""
-        cause = self.error
-        if isinstance(cause, DistrobustError):
-            raise cause from None
-        rank = self.settings.transport.rank
-        raise CommError(f"rank {rank}, step {self.step}: {cause or error}".splitlines()[0]) from error
+    def raise_cause(self) -> None:
+        """After a backward() that raised: raises the exchange's error with its own type, if it was the exchange's."""
+        if isinstance(self.error, DistrobustError):
+            raise self.error
+        if self.error is not None:
+            raise CommError(f"step {self.step}: {self.settings.transport.explain(self.error)}") from self.error
 
 
 def is_dense_layout(parameter: Tensor) -> bool:

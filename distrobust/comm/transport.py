@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from distrobust.errors import CommError
+
 # torch 2.13 renamed it and warns about the old name; older ones know no other
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -56,6 +58,16 @@ class Transport:
         return 2 * num_bytes * (self.num_ranks - 1) // self.num_ranks
 
     def gather_rows(self, row: Tensor) -> Tensor:
-        """Waits for every rank's `row` (m,), any dtype of equal shape: (num_ranks, m)."""
-        rows = self.all_gather(row.contiguous().view(torch.uint8)).wait()
-        return rows.view(row.dtype)  # type: ignore[no-any-return]
+        """Waits for every rank's `row` (m,), any dtype of equal shape: (num_ranks, m). Raises CommError."""
+        try:
+            rows: Tensor = self.all_gather(row.contiguous().view(torch.uint8)).wait()
+        except RuntimeError as error:
+            raise CommError(self.explain(error)) from error
+        return rows.view(row.dtype)
+
+    def explain(self, error: Exception) -> str:
+        """One line for a collective that failed."""
+        return (
+            f"rank {self.rank} of {self.num_ranks}: a collective failed, so another rank died or was too late "
+            f"({' '.join(str(error).split())[:200]})"
+        )

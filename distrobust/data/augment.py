@@ -34,9 +34,7 @@ def crop_and_flip(
     if padding not in ("zero", "reflect"):
         raise ValueError(f"padding is {padding!r}, wanted 'zero' or 'reflect'")
     if pad < 0 or (padding == "reflect" and pad >= min(height, width)):
-        raise ValueError(
-            f"pad is {pad} for images of {height}x{width}, wanted >= 0, and less than that to reflect"
-        )
+        raise ValueError(f"pad is {pad} for images of {height}x{width}, wanted >= 0, and less than that to reflect")
     if pad == 0 and not flip:
         return images
     draw = torch.randint(0, 2 * pad + 1, (2, num_images), generator=generator, device=generator.device)

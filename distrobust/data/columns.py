@@ -38,8 +38,7 @@ def choose_image_column(schema: pa.Schema, file: Path, wanted: str | None = None
             )
         if not named and len(candidates) > 1:
             raise DataError(
-                f"{file} has {len(candidates)} image columns: {', '.join(candidates)}; "
-                "choose one with image_column"
+                f"{file} has {len(candidates)} image columns: {', '.join(candidates)}; choose one with image_column"
             )
         name = candidates[0]
     if not _holds_images(schema.field(name).type):
@@ -91,8 +90,7 @@ def features(schema: pa.Schema, file: Path) -> Mapping[str, Any]:
         found = json.loads(text)
     except ValueError as error:
         raise DataError(
-            f"{file}: the schema metadata key `huggingface` is not JSON ({error}); "
-            "write the file again without it"
+            f"{file}: the schema metadata key `huggingface` is not JSON ({error}); write the file again without it"
         ) from error
     for key in ("info", "features"):
         found = found.get(key) if isinstance(found, dict) else None

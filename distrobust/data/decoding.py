@@ -74,9 +74,7 @@ def decode_one(data: bytes | None, channels: int | None = None) -> NDArray[np.ui
     Raises DataError saying what is wrong with the image, without its place: the caller knows that.
     """
     if data is None:
-        raise DataError(
-            "image is null, wanted encoded bytes; embed the images in the file instead of their paths"
-        )
+        raise DataError("image is null, wanted encoded bytes; embed the images in the file instead of their paths")
     if _simplejpeg is not None and data[:2] == b"\xff\xd8":
         fast = _decode_jpeg_fast(data, channels)
         if fast is not None:
@@ -87,9 +85,7 @@ def decode_one(data: bytes | None, channels: int | None = None) -> NDArray[np.ui
             return _to_array(image, channels)
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # bytes from anywhere: Pillow's plug-ins raise OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # bytes from anywhere: Pillow's plug-ins raise OSError, SyntaxError, struct.error, ...
         # Pillow's text names the address of the BytesIO object, which tells the reader nothing.
         reason = "not an image format Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
@@ -100,9 +96,7 @@ def decode_one(data: bytes | None, channels: int | None = None) -> NDArray[np.ui
 
 def _to_array(image: Image.Image, channels: int | None) -> NDArray[np.uint8]:
     if image.mode in DEEP_MODES or image.mode.startswith("I;16"):
-        raise DataError(
-            f"image has mode {image.mode} (more than 8 bits a pixel), wanted 8 bits: rescale to 0 .. 255"
-        )
+        raise DataError(f"image has mode {image.mode} (more than 8 bits a pixel), wanted 8 bits: rescale to 0 .. 255")
     gray = image.mode in GRAY_MODES
     if not gray and channels == 1:
         raise DataError(

@@ -20,7 +20,7 @@ def read_encoded(source: Source, group: RowGroup) -> pa.ChunkedArray:
     try:
         with pq.ParquetFile(file) as parquet:
             table = parquet.read_row_group(group.index, columns=[f"{source.image_column}.bytes"])
-        # flatten(), unlike compute.struct_field on a column, hands a null struct on as a null
+        # flatten(), unlike field(), promises a null for the bytes of a null struct
         images = pa.chunked_array([chunk.flatten()[0] for chunk in table.column(0).chunks])
     except (OSError, pa.ArrowException, IndexError) as error:
         raise unreadable(f"{file}, row group {group.index}", error) from error

@@ -44,9 +44,7 @@ def read_labels(files: Sequence[Path], name: str) -> LabelColumn:
                 column = parquet.read(columns=[name]).column(0)
             if column.null_count:
                 row = int(np.argmax(column.is_null().to_numpy()))
-                raise DataError(
-                    f"{file}, column {name!r}, row {row}: label is null, wanted an integer; remove the row"
-                )
+                raise DataError(f"{file}, column {name!r}, row {row}: label is null, wanted an integer; remove the row")
             parts.append(column.cast(pa.int64()).to_numpy())
         except (OSError, pa.ArrowException) as error:
             raise unreadable(f"{file}, column {name!r}", error) from error

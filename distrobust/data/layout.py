@@ -55,8 +55,7 @@ def _shards(folder: Path, split: str) -> tuple[Path, ...]:
     present = sorted(int(match[1]) for _, match in matches)
     if len(totals) > 1:
         raise DataError(
-            f"{folder} mixes {split} shards of {totals[0]} and of {totals[-1]}; "
-            "wanted one set: remove the older files"
+            f"{folder} mixes {split} shards of {totals[0]} and of {totals[-1]}; wanted one set: remove the older files"
         )
     if present != list(range(totals[0])):
         missing = [i for i in range(totals[0]) if i not in present]
@@ -69,9 +68,7 @@ def _shards(folder: Path, split: str) -> tuple[Path, ...]:
 
 
 def _names_of_parquet_files(root: Path) -> str:
-    names = sorted(
-        str(file.relative_to(root)) for depth in ("*", "*/*") for file in root.glob(f"{depth}.parquet")
-    )
+    names = sorted(str(file.relative_to(root)) for depth in ("*", "*/*") for file in root.glob(f"{depth}.parquet"))
     if not names:
         return "no Parquet files"
     more = f" and {len(names) - MAX_FILES_NAMED} more" if len(names) > MAX_FILES_NAMED else ""

@@ -68,14 +68,11 @@ def _schema(file: Path) -> pa.Schema:
         return pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"{file} is not a readable Parquet file ({' '.join(str(error).split())}); "
-            "download or write it again"
+            f"{file} is not a readable Parquet file ({' '.join(str(error).split())}); download or write it again"
         ) from error
 
 
-def _agreed_names(
-    schemas: dict[Path, pa.Schema], label: str, classes: Sequence[str] | None
-) -> tuple[str, ...] | None:
+def _agreed_names(schemas: dict[Path, pa.Schema], label: str, classes: Sequence[str] | None) -> tuple[str, ...] | None:
     """The class names every file gives, or `classes`; None when nobody names them."""
     agreed = None if classes is None else tuple(classes)
     for file, schema in schemas.items():

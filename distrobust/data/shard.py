@@ -123,9 +123,7 @@ class Shard:
         each_its_window = np.arange(len(self._pieces.group))
         return self._visit(np.arange(len(self.rows)), batch, each_its_window)
 
-    def _visit(
-        self, positions: Indices, batch: int, window_of_piece: Indices
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _visit(self, positions: Indices, batch: int, window_of_piece: Indices) -> Iterator[tuple[Tensor, Tensor]]:
         stream = RowStream(self.source, self.rows, self._pieces, window_of_piece)
         for start in range(0, len(positions), batch):
             chosen = positions[start : start + batch]

@@ -32,9 +32,7 @@ class Source:
     label_column: str
     class_names: tuple[str, ...]
     shape: Shape  #: (C, H, W) of every image; C is 1 for gray, 3 for RGB
-    labels: NDArray[np.int64] = field(
-        repr=False, compare=False
-    )  #: (total_rows,), each in 0 .. num_classes - 1
+    labels: NDArray[np.int64] = field(repr=False, compare=False)  #: (total_rows,), each in 0 .. num_classes - 1
 
     @property
     def total_rows(self) -> int:

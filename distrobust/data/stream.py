@@ -24,28 +24,18 @@ class RowStream:
         self._source, self._rows, self._pieces, self._window_of_piece = source, rows, pieces, window_of_piece
         self._held: dict[int, list[bytes | None]] = {}
 
-    @property
-    def num_held_pieces(self) -> int:
-        return len(self._held)
-
     def fetch(self, positions: Indices) -> NDArray[np.uint8]:
         """(len(positions), C, H, W) uint8. DataError if a file cannot be read or an image does not decode."""
         piece_of = np.searchsorted(self._pieces.start, positions, side="right") - 1
         self._hold([int(piece) for piece in np.unique(piece_of)])
-        encoded = [
-            self._held[piece][offset]
-            for piece, offset in zip(
-                piece_of.tolist(), (positions - self._pieces.start[piece_of]).tolist(), strict=True
-            )
-        ]
+        offsets = positions - self._pieces.start[piece_of]
+        encoded = [self._held[p][i] for p, i in zip(piece_of.tolist(), offsets.tolist(), strict=True)]
         where = self._source.where
         return decode(encoded, self._source.shape, lambda i: where(int(self._rows[positions[i]])))
 
     def _hold(self, needed: list[int]) -> None:
         oldest = min(self._window_of_piece[piece] for piece in needed)
-        self._held = {
-            piece: data for piece, data in self._held.items() if self._window_of_piece[piece] >= oldest
-        }
+        self._held = {piece: data for piece, data in self._held.items() if self._window_of_piece[piece] >= oldest}
         for piece in needed:
             if piece not in self._held:
                 self._held[piece] = self._read(piece)

@@ -44,18 +44,14 @@ def write_parquet(
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns = {"image": pa.array(encoded, kind), "label": pa.array(labels.astype(np.int64), pa.int64())}
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(class_names)}}
-    table = pa.table(columns).replace_schema_metadata(
-        {"huggingface": json.dumps({"info": {"features": features}})}
-    )
+    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     _write_atomically(table, Path(path), row_group_size)
 
 
 def _to_png(image: NDArray[np.uint8]) -> bytes:
     """(C, H, W) -> a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))).save(
-        buffer, "PNG"
-    )
+    Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -68,9 +64,7 @@ def _write_atomically(table: pa.Table, path: Path, row_group_size: int) -> None:
         pq.write_table(table, partial, row_group_size=row_group_size, compression="none")
         os.replace(partial, path)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror or error}); choose another directory"
-        ) from error
+        raise DataError(f"{path} cannot be written ({error.strerror or error}); choose another directory") from error
     finally:
         with contextlib.suppress(OSError):  # not even the directory may exist
             partial.unlink(missing_ok=True)

@@ -88,6 +88,11 @@ def save(
     return f"checkpoint {final.name} not written by rank {failed or [0]}: {problem or 'see its log'}"
 
 
+def size_bytes(root: Path, position: Position) -> int:
+    """Size of a checkpoint that was written."""
+    return sum(file.stat().st_size for file in (root / position.directory_name).iterdir())
+
+
 def load(root: Path, transport: Transport) -> tuple[Position, dict[str, Any], dict[str, Any]] | None:
     """Called by every rank. The newest checkpoint that is whole on all ranks: (position, shared, own), or None.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import threading
 import time
@@ -27,7 +28,9 @@ from distrobust.comm.transport import Transport
 from distrobust.config import Config, PhaseConfig
 from distrobust.data import Shard, Source
 from distrobust.errors import CommError, DistrobustError
-from distrobust.metrics import Fanout, Sink
+from distrobust.metrics import Fanout, Sink, jsonl
+from distrobust.metrics.jsonl import JsonLines
+from distrobust.metrics.prometheus import Exporter
 from distrobust.optim.schedules import Schedule
 from distrobust.train import checkpoint, loop, scoring
 from distrobust.train.checkpoint import Position
@@ -53,10 +56,15 @@ def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcom
     earlier = directory.outcome()
     if earlier is not None and earlier.status == "failed":
         return earlier  # restarted after an error that a restart does not mend
-    sinks = Fanout(*_sinks(config, directory), *extra_sinks)
+    sinks = Fanout()
     try:
+        starts = _earlier_starts(directory)
+        exporter = _exporter(config, directory)
+        lines = [JsonLines(directory.metrics)] if dist.get_rank() == 0 else []
+        sinks = Fanout(*lines, *([exporter] if exporter else []), *extra_sinks)
+        notices = [exporter.notice] if exporter and exporter.notice else []
         with _stop_requests(directory) as stop_requested:
-            outcome = _Job(config, device, directory, sinks, stop_requested).run()
+            outcome = _Job(config, device, directory, sinks, stop_requested, starts, notices).run()
     except CommError:
         raise
     except DistrobustError as error:
@@ -77,6 +85,8 @@ class _Job:
     directory: RunDirectory
     sinks: Sink
     stop_requested: Callable[[], bool]
+    earlier_starts: int
+    notices: list[str]
 
     def run(self) -> Outcome:
         started = time.perf_counter()
@@ -90,14 +100,22 @@ class _Job:
         self._emit(
             {
                 "event": "run",
+                "pid": os.getpid(),
                 "world_size": num_ranks,
                 "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
                 "config": self.config.model_dump(mode="json"),
-                "versions": {"distrobust": __version__, "torch": torch.__version__},
+                "versions": {
+                    "distrobust": __version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+                "restarts": self.earlier_starts,
                 "resumed_step": restored[0].step if restored else 0,
                 "resumed_phase": restored[0].phase if restored else None,
             }
         )
+        for text in self.notices:
+            self._emit({"event": "notice", "text": text})
         for ordinal, name in enumerate(PHASES):
             settings: PhaseConfig | None = getattr(self.config, name)
             if settings is None or (restored is not None and restored[0].ordinal > ordinal):
@@ -254,22 +272,25 @@ class _Job:
         return result
 
 
-def _sinks(config: Config, directory: RunDirectory) -> Iterator[Sink]:
-    from distrobust.metrics.jsonl import JsonLines
-    from distrobust.metrics.prometheus import Exporter
+def _earlier_starts(directory: RunDirectory) -> int:
+    if not directory.metrics.exists():
+        return 0
+    return sum(record["event"] == "run" for record in jsonl.read(directory.metrics))
 
+
+def _exporter(config: Config, directory: RunDirectory) -> Exporter | None:
+    if config.metrics.port is None:
+        return None
     rank = dist.get_rank()
-    if rank == 0:
-        yield JsonLines(directory.metrics)
-    if config.metrics.port is not None:
-        yield Exporter(
-            directory.path.name,
-            rank,
-            host=config.metrics.host,
-            port=config.metrics.port,
-            file_sd=directory.targets,
-            local_rank=int(os.environ.get("LOCAL_RANK", rank)),
-        )
+    return Exporter(
+        directory.path.name,
+        rank,
+        host=config.metrics.host,
+        port=config.metrics.port,
+        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+        file_sd=directory.targets,
+        linger_s=config.metrics.linger_s,
+    )
 
 
 @contextmanager

@@ -110,6 +110,7 @@ def save(state: TrainState, phase: Phase) -> None:
             "phase": state.position.phase,
             "step": state.position.step,
             "seconds": time.perf_counter() - started,
+            "bytes": checkpoint.size_bytes(phase.directory.checkpoints, state.position),
         }
     )
 

@@ -80,8 +80,9 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         output = _loss(recipe, step)(forward, state.net, x, labels, generator=generator)
     try:
         output.loss.backward()
-    except Exception as error:
-        state.compression.raise_for(error)
+    except Exception:
+        state.compression.raise_cause()
+        raise
 
     ratios = _set_rates(state, recipe, step)
     if state.compression.skipped:

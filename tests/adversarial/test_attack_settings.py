@@ -59,14 +59,14 @@ def test_input_gradient_returns_the_gradient_and_the_logits() -> None:
     x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 2])
     gradient, logits = input_gradient(model, x, y, cross_entropy_sum)
     p = logits.softmax(1) - F.one_hot(y, 3)
-    torch.testing.assert_close(gradient.flatten(1), p @ model[1].weight)
+    torch.testing.assert_close(gradient.flatten(1), p @ model.get_parameter("1.weight"))
     torch.testing.assert_close(logits, model(x).detach())
     assert not logits.requires_grad
 
 
 def test_evaluation_mode_restores_a_mix_of_flags() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(1)))
-    model[1][1].eval()
+    model.get_submodule("1.1").eval()
     flags = [m.training for m in model.modules()]
     with evaluation_mode(model):
         assert not any(m.training for m in model.modules())

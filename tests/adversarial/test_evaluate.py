@@ -3,7 +3,8 @@
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -37,9 +38,7 @@ def trained() -> tuple[nn.Module, list[Batch]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         first, second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
-        model = nn.Sequential(
-            first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.Flatten(), nn.Linear(256, 4)
-        )
+        model = nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.Flatten(), nn.Linear(256, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(60):
         x, y = batch(32)
@@ -68,9 +67,7 @@ def test_clean_counts_are_per_class(trained: tuple[nn.Module, list[Batch]]) -> N
 
 def test_robust_accuracy_falls_with_the_radius(trained: tuple[nn.Module, list[Batch]]) -> None:
     model, batches = trained
-    clean, *robust = (
-        count_correct(model, batches[:2], PGD, Threat("linf", eps), 0).correct for eps in (0, 0.06, 0.2)
-    )
+    clean, *robust = (count_correct(model, batches[:2], PGD, Threat("linf", eps), 0).correct for eps in (0, 0.06, 0.2))
     assert clean == count_correct(model, batches[:2], None, None, 0).correct
     assert clean > robust[0] > robust[1]
 
@@ -78,7 +75,7 @@ def test_robust_accuracy_falls_with_the_radius(trained: tuple[nn.Module, list[Ba
 class Shift(Attack):
     """Adds 0.25 to every pixel."""
 
-    def __call__(self, model: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:  # type: ignore[override]
+    def __call__(self, model: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         return x + 0.25
 
 
@@ -86,8 +83,8 @@ def test_an_image_that_only_the_attack_makes_right_is_not_robust() -> None:
     # class 1 from grey 0.5 up; images at 0.4 become 0.65
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
     with torch.no_grad():
-        model[2].weight.copy_(torch.tensor([[-1.0], [1.0]]))
-        model[2].bias.copy_(torch.tensor([0.5, -0.5]))
+        model.get_parameter("2.weight").copy_(torch.tensor([[-1.0], [1.0]]))
+        model.get_parameter("2.bias").copy_(torch.tensor([0.5, -0.5]))
     x = torch.tensor([0.4, 0.4, 0.6, 0.6, 0.1]).view(5, 1, 1, 1).expand(5, 1, 2, 2)
     y = torch.tensor(
         [0, 1, 0, 1, 0]
@@ -100,9 +97,7 @@ def test_an_image_that_only_the_attack_makes_right_is_not_robust() -> None:
 def test_shards_with_their_global_indices_add_up_to_the_whole(trained: tuple[nn.Module, list[Batch]]) -> None:
     model, batches = trained
     whole = count_correct(model, batches, PGD, LINF, seed=5)
-    shards = [
-        count_correct(model, batches[r::2], PGD, LINF, 5, indices=itertools.count(r, 2)) for r in (0, 1)
-    ]
+    shards = [count_correct(model, batches[r::2], PGD, LINF, 5, indices=itertools.count(r, 2)) for r in (0, 1)]
     assert same(whole, shards[0] + shards[1])
     with pytest.raises(ValueError, match="fewer indices"):
         count_correct(model, batches, None, None, 5, indices=[0])
@@ -118,6 +113,31 @@ def test_neither_the_process_generator_nor_its_state_matters(trained: tuple[nn.M
     assert torch.equal(state, torch.get_rng_state())
 
 
+class Draws(Attack):
+    """Returns x; its generator's first draw goes into `seen`."""
+
+    seen: ClassVar[list[float]] = []
+
+    def __call__(  # type: ignore[override]
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, generator: torch.Generator
+    ) -> Tensor:
+        self.seen.append(torch.rand((), generator=generator).item())
+        return x
+
+
+def test_random_numbers_are_a_function_of_seed_and_batch_index(
+    trained: tuple[nn.Module, list[Batch]],
+) -> None:
+    def draws(seed: int, indices: list[int]) -> list[float]:
+        Draws.seen.clear()
+        count_correct(trained[0], trained[1][: len(indices)], Draws(), LINF, seed, indices=indices)
+        return list(Draws.seen)
+
+    assert draws(1, [0, 1, 2]) == draws(1, [0, 1, 2])
+    assert draws(1, [2, 0]) == [draws(1, [0, 1, 2])[i] for i in (2, 0)]
+    assert len({*draws(1, [0, 1, 2]), *draws(2, [0, 1, 2])}) == 6
+
+
 def test_batch_seeds_differ() -> None:
     seeds = {batch_seed(seed, index) for seed in range(-3, 30) for index in range(300)}
     assert len(seeds) == 33 * 300
@@ -131,6 +151,20 @@ def test_uint8_and_channels_last_images_count_alike(trained: tuple[nn.Module, li
     assert same(*(count_correct(model, b, PGD, LINF, seed=0) for b in (as_bytes, as_floats)))
 
 
+def recorded(run: Callable[[nn.Module], object]) -> list[Tensor]:
+    """The images that a model sees during `run`."""
+    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), list[Tensor]()
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    run(model)
+    return seen
+
+
+def test_uint8_images_become_shares_of_255() -> None:
+    x = torch.tensor([0, 51, 128, 255], dtype=torch.uint8).view(1, 1, 2, 2)
+    (seen,) = recorded(lambda model: count_correct(model, [(x, torch.tensor([0]))], None, None, 0))
+    assert torch.equal(seen, x.float() / 255)
+
+
 def test_evaluates_in_float32_contiguous_and_evaluation_mode() -> None:
     seen: set[tuple[torch.dtype, torch.dtype, bool, bool]] = set()
 
@@ -142,7 +176,7 @@ def test_evaluates_in_float32_contiguous_and_evaluation_mode() -> None:
         def forward(self, x: Tensor) -> Tensor:
             out = self.conv(x)
             seen.add((x.dtype, out.dtype, x.is_contiguous(), self.training))
-            return out.mean((2, 3))
+            return torch.as_tensor(out.mean((2, 3)))
 
     model = Probe().train()
     x = torch.rand(4, 2, 8, 8).to(memory_format=torch.channels_last)
@@ -179,9 +213,19 @@ def test_images_with_zero_or_non_finite_gradients_are_counted(trained: tuple[nn.
     assert hidden.zero_gradients == 100
     x = torch.full((3, 1, 2, 2), 0.5)
     x[0] = 0.0
-    assert (
-        count_correct(Root(), [(x, torch.zeros(3, dtype=torch.int64))], PGD, LINF, 0).nonfinite_gradients == 1
-    )
+    assert count_correct(Root(), [(x, torch.zeros(3, dtype=torch.int64))], PGD, LINF, 0).nonfinite_gradients == 1
+
+
+class Half(nn.Module):
+    """Ignores the lower half of the image: its gradient there is zero, and that is no reason for distrust."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0, 0, :]
+
+
+def test_a_gradient_that_is_zero_in_places_is_not_counted() -> None:
+    x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
+    assert count_correct(Half(), [(x, y)], PGD, LINF, 0).zero_gradients == 0
 
 
 def test_without_batches_nothing_is_counted(trained: tuple[nn.Module, list[Batch]]) -> None:
@@ -253,6 +297,20 @@ def test_foolbox_leaves_no_trace_and_repeats(trained: tuple[nn.Module, list[Batc
         assert first.training_mode == 1
     finally:
         model.eval()
+
+
+@needs_foolbox
+def test_foolbox_starts_differ_between_seeds_and_batches() -> None:
+    x, y = torch.full((2, 1, 2, 2), 0.5), torch.zeros(2, dtype=torch.int64)
+
+    def starts(seed: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        seen = recorded(lambda model: foolbox_pgd(model, [(x, y), (x, y)], 0.1, 1, seed=seed))
+        return [seen[0], seen[3]]  # per batch: the start, and two predictions
+
+    all_starts = [*starts(1), *starts(2)]
+    assert not any(torch.equal(a, x) for a in all_starts)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(all_starts, 2))
 
 
 def test_missing_foolbox_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket, HashStore
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,9 +67,7 @@ def trades_transcribed(
         x_adv = torch.clamp(x_adv, 0.0, 1.0)
     logits = model(x)
     loss_natural = F.cross_entropy(logits, y)
-    loss_robust = (1.0 / x.shape[0]) * kl(
-        F.log_softmax(model(x_adv.detach()), dim=1), F.softmax(model(x), dim=1)
-    )
+    loss_robust = (1.0 / x.shape[0]) * kl(F.log_softmax(model(x_adv.detach()), dim=1), F.softmax(model(x), dim=1))
     return loss_natural + beta * loss_robust, x_adv.detach()
 
 
@@ -170,7 +169,7 @@ def test_under_autocast_the_loss_is_float32_and_its_gradient_reaches_every_param
 def test_trades_works_with_the_other_attacks() -> None:
     model, (x, y) = plain_model(), batch()
     losses = {
-        name: trades(model, model, x, y, Attack(name), LINF, seeded()).loss.item()  # type: ignore[arg-type]
+        name: trades(model, model, x, y, Attack(name), LINF, seeded()).loss.item()
         for name in ("none", "fgsm", "n_fgsm", "pgd")
     }
     assert losses["none"] < min(losses["fgsm"], losses["n_fgsm"], losses["pgd"])
@@ -185,7 +184,7 @@ def test_impossible_beta_is_refused(beta: float) -> None:
 
 @pytest.fixture
 def gloo_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -195,7 +194,7 @@ def test_trades_gives_a_ddp_wrapper_one_backward_with_each_bucket_once() -> None
     model, (x, y) = norm_model(), batch()
     buckets: list[int] = []
 
-    def counting(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def counting(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buckets.append(bucket.index())
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrobust.adversarial.threat import Threat, ascend, project, random_start
+from distrobust.adversarial.threat import Threat, ascend, noise, project, random_start
 from distrobust.errors import ConfigError
 
 threats = st.one_of(
@@ -21,7 +21,7 @@ def images(seed: int, num: int = 5) -> torch.Tensor:
 
 def distances(x_adv: torch.Tensor, x: torch.Tensor, threat: Threat) -> torch.Tensor:
     ord_ = math.inf if threat.norm == "linf" else 2
-    return torch.linalg.vector_norm((x_adv - x).double(), ord=ord_, dim=(1, 2, 3))
+    return torch.as_tensor(torch.linalg.vector_norm((x_adv - x).double(), ord=ord_, dim=(1, 2, 3)))
 
 
 def slack(threat: Threat) -> float:
@@ -82,6 +82,16 @@ def test_random_numbers_do_not_depend_on_memory_format_or_dtype(norm: str) -> No
     torch.testing.assert_close(plain, double.float())
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_noise_start_step_and_projection_keep_dtype_and_memory_format(norm: str, dtype: torch.dtype) -> None:
+    x = torch.rand(3, 2, 4, 4).to(dtype).to(memory_format=torch.channels_last)
+    threat, g = Threat(norm, 0.1), torch.Generator()  # type: ignore[arg-type]
+    start = random_start(x, threat, g)
+    made = [noise(x, threat.norm, 0.1, g), start, ascend(x, start - 0.5, 0.1, threat), project(start, x, threat)]
+    assert [(y.dtype, y.stride()) for y in made] == [(dtype, x.stride())] * 4
+
+
 def test_a_step_is_the_sign_for_linf_and_the_unit_vector_for_l2() -> None:
     x = torch.full((2, 1, 1, 2), 0.5)
     g = torch.tensor([[3.0, -4.0], [0.0, 2.0]]).view(2, 1, 1, 2)
@@ -129,5 +139,5 @@ def test_l2_radius_may_be_above_one() -> None:
 def test_description_is_in_grey_levels_where_whole() -> None:
     assert Threat("linf", 8 / 255).describe() == "Linf 8/255"
     assert Threat("linf", 8 / 255).scaled(0.5).describe() == "Linf 4/255"
-    assert Threat("linf", 0.1).describe() == "Linf 0.1"
+    assert Threat("linf", 0.2).describe() == "Linf 0.2"
     assert Threat("l2", 128 / 255).describe() == "L2 0.502"

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket, HashStore
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,9 +67,7 @@ def loss_at(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 @each_attack
 @each_threat
-def test_stays_within_its_reach_and_in_the_unit_interval(
-    problem: Problem, attack: Attack, threat: Threat
-) -> None:
+def test_stays_within_its_reach_and_in_the_unit_interval(problem: Problem, attack: Attack, threat: Threat) -> None:
     model, x, y = problem
     x_adv = attack(model, x, y, threat, seeded())
     delta = (x_adv - x).flatten(1).double()
@@ -124,9 +123,7 @@ def test_leaves_no_trace(problem: Problem, attack: Attack, threat: Threat) -> No
 
 @each_attack
 @each_threat
-def test_runs_in_evaluation_mode_and_counts_its_passes(
-    problem: Problem, attack: Attack, threat: Threat
-) -> None:
+def test_runs_in_evaluation_mode_and_counts_its_passes(problem: Problem, attack: Attack, threat: Threat) -> None:
     model, x, y = problem
     model.train()
     modes: list[bool] = []
@@ -138,9 +135,7 @@ def test_runs_in_evaluation_mode_and_counts_its_passes(
 
 @each_attack
 @each_threat
-def test_training_flags_come_back_after_an_exception(
-    problem: Problem, attack: Attack, threat: Threat
-) -> None:
+def test_training_flags_come_back_after_an_exception(problem: Problem, attack: Attack, threat: Threat) -> None:
     model, x, y = problem
     model.train()
     model.get_submodule("layer1.norm").eval()
@@ -249,7 +244,7 @@ def test_the_dataclass_calls_the_function_of_its_name(problem: Problem, threat: 
 
 @pytest.fixture
 def gloo_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -260,7 +255,7 @@ def test_no_communication_hook_fires(problem: Problem, threat: Threat) -> None:
     model, x, y = problem
     calls: list[int] = []
 
-    def counting(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def counting(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         calls.append(bucket.index())
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())

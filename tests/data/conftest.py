@@ -30,9 +30,7 @@ def write_numbered() -> WriteNumbered:
     Row r is an RGB image of 2x3 pixels whose first two values are r % 256 and r // 256; its label is r % 5.
     """
 
-    def write(
-        directory: Path, num_rows: int, row_group_size: int, name: str = "train.parquet", first: int = 0
-    ) -> Path:
+    def write(directory: Path, num_rows: int, row_group_size: int, name: str = "train.parquet", first: int = 0) -> Path:
         rows = np.arange(first, first + num_rows)
         images = np.zeros((num_rows, 3, 2, 3), dtype=np.uint8)
         images[:, 0, 0, 0], images[:, 0, 0, 1] = rows % 256, rows // 256
@@ -47,9 +45,7 @@ def write_numbered() -> WriteNumbered:
 def png() -> Callable[..., bytes]:
     """png(width=3, height=2, mode="RGB", value=0, format="PNG"): an encoded image of one colour."""
 
-    def encode(
-        width: int = 3, height: int = 2, mode: str = "RGB", value: Any = 0, format: str = "PNG"
-    ) -> bytes:
+    def encode(width: int = 3, height: int = 2, mode: str = "RGB", value: Any = 0, format: str = "PNG") -> bytes:
         buffer = io.BytesIO()
         Image.new(mode, (width, height), value).save(buffer, format)
         return buffer.getvalue()

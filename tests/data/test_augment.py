@@ -96,9 +96,7 @@ def test_padding_out_of_range_is_a_programming_error(padding):
 
 
 def test_reflecting_more_than_the_image_has_is_a_programming_error():
-    with pytest.raises(
-        ValueError, match="pad is 4 for images of 4x8, wanted >= 0, and less than that to reflect"
-    ):
+    with pytest.raises(ValueError, match="pad is 4 for images of 4x8, wanted >= 0, and less than that to reflect"):
         crop_and_flip(torch.zeros(1, 1, 4, 8), generator(), pad=4, padding="reflect")
 
 

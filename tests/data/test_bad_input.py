@@ -22,9 +22,7 @@ def refusal(directory, split="train", **options) -> str:
 
 def test_missing_directory_is_named(tmp_path):
     text = refusal(tmp_path / "nowhere")
-    assert re.search(
-        r"nowhere does not exist, wanted a directory that holds train.parquet.*distrobust data", text
-    )
+    assert re.search(r"nowhere does not exist, wanted a directory that holds train.parquet.*distrobust data", text)
 
 
 def test_a_file_in_place_of_the_directory_is_named(write_table):
@@ -78,9 +76,7 @@ def test_a_file_cut_short_is_refused(write_table):
 
 def test_missing_image_column_lists_the_columns_there_are(write_table):
     text = refusal(write_table(image_type=None))
-    assert (
-        "has no image column: its columns are label (int64); wanted `image` or `img` of type struct<" in text
-    )
+    assert "has no image column: its columns are label (int64); wanted `image` or `img` of type struct<" in text
     assert "image_column" in text
 
 
@@ -96,9 +92,7 @@ def test_an_image_column_of_another_type_is_refused(write_table):
 
 def test_missing_label_column_lists_the_columns_there_are(write_table):
     text = refusal(write_table(label_column="id"))
-    assert re.search(
-        r"has no label column: its columns are image \(struct.*\), id \(int64\); wanted `label`", text
-    )
+    assert re.search(r"has no label column: its columns are image \(struct.*\), id \(int64\); wanted `label`", text)
     assert "label_column" in text
 
 
@@ -114,17 +108,13 @@ def test_no_rows_are_refused(write_table):
     )
 
 
-@pytest.mark.parametrize(
-    ("labels", "kind"), [(["a", "b"], "string"), ([0.0, 1.0], "double"), ([True, False], "bool")]
-)
+@pytest.mark.parametrize(("labels", "kind"), [(["a", "b"], "string"), ([0.0, 1.0], "double"), ([True, False], "bool")])
 def test_labels_that_are_not_integers_are_refused(write_table, labels, kind):
     assert f"column 'label': labels are {kind}, wanted integers 0 .." in refusal(write_table(labels=labels))
 
 
 def test_a_null_label_is_refused_by_row(write_table):
-    assert "column 'label', row 1: label is null, wanted an integer" in refusal(
-        write_table(labels=[0, None, 1])
-    )
+    assert "column 'label', row 1: label is null, wanted an integer" in refusal(write_table(labels=[0, None, 1]))
 
 
 def test_a_label_beyond_int64_is_refused(write_table):
@@ -135,19 +125,18 @@ def test_a_label_beyond_int64_is_refused(write_table):
 @pytest.mark.parametrize("label", [2, -3])
 def test_a_label_outside_the_classes_is_refused_by_row(write_table, label):
     text = refusal(write_table(labels=[0, 1, label, label], class_names=["cat", "dog"]))
-    assert (
-        f"column 'label', row 2: label {label} is outside the 2 classes, wanted 0 .. 1 (2 such rows)" in text
-    )
+    assert f"column 'label', row 2: label {label} is outside the 2 classes, wanted 0 .. 1 (2 such rows)" in text
 
 
 def test_a_split_without_labels_is_recognised_by_its_minus_ones(write_table):
     assert "-1 usually marks a split published without labels" in refusal(write_table(labels=[-1, -1]))
 
 
-def test_rows_are_counted_within_the_file_that_is_named(write_table):
+@pytest.mark.parametrize("row", [0, 1])
+def test_rows_are_counted_within_the_file_that_is_named(write_table, row):
     write_table(name="train-00000-of-00002.parquet", class_names=["a", "b", "c"])
-    text = refusal(write_table(labels=[0, 7], name="train-00001-of-00002.parquet"))
-    assert "train-00001-of-00002.parquet, column 'label', row 1: label 7" in text
+    text = refusal(write_table(labels=[[7, 0], [0, 7]][row], name="train-00001-of-00002.parquet"))
+    assert f"train-00001-of-00002.parquet, column 'label', row {row}: label 7" in text
 
 
 def test_absurd_labels_without_class_names_are_refused(write_table):
@@ -190,6 +179,12 @@ def test_a_later_null_image_is_refused_by_row_where_statistics_count_it(write_ta
     images = [png(), png(), png(), None]
     text = refusal(write_table(images, labels=[0, 1, 2, 3], row_group_size=2))
     assert "train.parquet, column 'image', row 3: image is null" in text
+
+
+def test_a_null_struct_is_a_null_image(write_table, png):
+    images = pa.array([{"bytes": png()}, None, {"bytes": png()}])
+    directory = write_table(image_type=None, extra={"image": images})
+    assert "train.parquet, column 'image', row 1: image is null" in refusal(directory)
 
 
 def test_a_number_of_channels_other_than_one_or_three_is_refused(write_table):

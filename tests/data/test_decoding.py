@@ -86,9 +86,7 @@ def test_sixteen_bit_images_are_refused():
 
 
 def test_another_size_is_refused_by_place(picture):
-    with pytest.raises(
-        DataError, match=r"place 1: image of 20x16 pixels .*first one has 24x16; wanted one size"
-    ):
+    with pytest.raises(DataError, match=r"place 1: image of 20x16 pixels .*first one has 24x16; wanted one size"):
         decode([encoded(picture), encoded(picture[:, :20])], (3, 16, 24), nowhere)
 
 
@@ -140,14 +138,10 @@ def fake_simplejpeg(colours, pixels):
         assert (target, fastdct, fastupsample) == ("GRAY" if pixels.shape[2] == 1 else "RGB", False, False)
         return pixels
 
-    return types.SimpleNamespace(
-        decode_jpeg_header=lambda data: (16, 24, colours, "444"), decode_jpeg=decode_jpeg
-    )
+    return types.SimpleNamespace(decode_jpeg_header=lambda data: (16, 24, colours, "444"), decode_jpeg=decode_jpeg)
 
 
-@pytest.mark.parametrize(
-    ("colours", "channels", "depth"), [("YCbCr", None, 3), ("Gray", None, 1), ("Gray", 3, 3)]
-)
+@pytest.mark.parametrize(("colours", "channels", "depth"), [("YCbCr", None, 3), ("Gray", None, 1), ("Gray", 3, 3)])
 def test_jpeg_goes_to_simplejpeg_where_it_is_installed(picture, monkeypatch, colours, channels, depth):
     marked = np.full((16, 24, depth), 77, dtype=np.uint8)
     monkeypatch.setattr(decoding, "_simplejpeg", fake_simplejpeg(colours, marked))

@@ -36,9 +36,7 @@ def test_digits_of_both_splits_are_all_the_digits_scaled(digits):
     written = []
     for split in ("train", "test"):
         for images, labels in Shard(describe(digits, split), 0, 1, seed=0).in_order(500):
-            written += [
-                (image.tobytes(), int(label)) for image, label in zip(images.numpy(), labels, strict=True)
-            ]
+            written += [(image.tobytes(), int(label)) for image, label in zip(images.numpy(), labels, strict=True)]
     original = load_digits()
     scaled = np.round(original.images * 255 / 16).astype(np.uint8)
     assert (scaled.min(), scaled.max()) == (0, 255)
@@ -56,9 +54,7 @@ def test_the_seed_decides_the_files(digits, tmp_path):
 def test_missing_scikit_learn_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(
-        DataError, match=r"scikit-learn, which is not installed; try `pip install distrobust\[demo\]`"
-    ):
+    with pytest.raises(DataError, match=r"scikit-learn, which is not installed; try `pip install distrobust\[demo\]`"):
         write_digits(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

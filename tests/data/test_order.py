@@ -28,9 +28,7 @@ def order_of(pieces, window, seed=0, epoch=0, rank=0, world_size=1):
 def test_ranks_partition_the_selected_rows_evenly(group_sizes, world_size, seed, data):
     total = sum(group_sizes)
     selected = np.array(sorted(data.draw(st.sets(st.integers(0, total - 1)))), dtype=np.int64)
-    parts = [
-        assign_rows(selected, starts_of(group_sizes), rank, world_size, seed) for rank in range(world_size)
-    ]
+    parts = [assign_rows(selected, starts_of(group_sizes), rank, world_size, seed) for rank in range(world_size)]
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), selected)
     lengths = [len(part) for part in parts]
     assert max(lengths) - min(lengths) <= 1
@@ -42,10 +40,7 @@ def test_ranks_partition_the_selected_rows_evenly(group_sizes, world_size, seed,
 def test_a_rank_shares_at_most_two_row_groups(group_sizes, world_size, seed):
     starts = starts_of(group_sizes)
     rows = np.arange(sum(group_sizes))
-    pieces = [
-        cut_into_pieces(assign_rows(rows, starts, rank, world_size, seed), starts)
-        for rank in range(world_size)
-    ]
+    pieces = [cut_into_pieces(assign_rows(rows, starts, rank, world_size, seed), starts) for rank in range(world_size)]
     for own in pieces:
         shared = [g for g, n in zip(own.group, np.diff(own.start), strict=True) if n < group_sizes[g]]
         assert len(shared) <= 2

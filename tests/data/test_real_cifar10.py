@@ -36,9 +36,7 @@ def test_cifar10_is_read_whole_and_alike_in_either_mode():
     torch.testing.assert_close(mean, torch.tensor([0.491, 0.482, 0.447]).double(), atol=0.01, rtol=0)
     deviation = (squares / count - mean.square()).sqrt()
     torch.testing.assert_close(deviation, torch.tensor([0.247, 0.243, 0.262]).double(), atol=0.01, rtol=0)
-    memory, stream = (
-        Shard(test, 1, 2, seed=0, cache=cache).batches(0, 256) for cache in ("memory", "stream")
-    )
+    memory, stream = (Shard(test, 1, 2, seed=0, cache=cache).batches(0, 256) for cache in ("memory", "stream"))
     for (images, labels), (other_images, other_labels) in zip(memory, stream, strict=True):
         assert torch.equal(images, other_images)
         assert torch.equal(labels, other_labels)

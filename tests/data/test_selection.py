@@ -41,17 +41,13 @@ def test_shards_of_a_part_hold_its_rows_for_any_world_size(source, world_size):
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_a_fraction_outside_the_open_interval_is_refused(source, fraction):
-    with pytest.raises(
-        ConfigError, match=f"held-out fraction is {fraction}, wanted more than 0 and less than 1"
-    ):
+    with pytest.raises(ConfigError, match=f"held-out fraction is {fraction}, wanted more than 0 and less than 1"):
         split_held_out(source, fraction, seed=0)
 
 
 @pytest.mark.parametrize(("fraction", "rows"), [(0.001, 0), (0.999, 50)])
 def test_a_fraction_that_empties_one_part_is_refused(source, fraction, rows):
-    with pytest.raises(
-        ConfigError, match=f"fraction {fraction} of 50 rows is {rows} rows, wanted at least one"
-    ):
+    with pytest.raises(ConfigError, match=f"fraction {fraction} of 50 rows is {rows} rows, wanted at least one"):
         split_held_out(source, fraction, seed=0)
 
 

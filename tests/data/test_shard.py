@@ -68,9 +68,7 @@ def test_every_rank_makes_equal_steps_over_disjoint_rows_in_either_mode(
         available = num_rows if part is None else part.num_rows
         evaluated, visited = [], []
         for rank in range(world_size):
-            memory, stream = (
-                Shard(source, rank, world_size, seed, cache=cache, rows=part) for cache in CACHES
-            )
+            memory, stream = (Shard(source, rank, world_size, seed, cache=cache, rows=part) for cache in CACHES)
             assert equal(memory.in_order(batch), stream.in_order(batch))
             in_order = [row for images, _ in stream.in_order(batch) for row in rows_of(images)]
             assert in_order == memory.rows.tolist()
@@ -131,9 +129,7 @@ def test_each_epoch_has_its_own_order_and_seed_its_own_rows(source):
 
     assert order() == order()
     assert order(epoch=1) != order()
-    assert set(order(epoch=1)) == set(
-        order()
-    )  # 150 rows of the rank in 15 full batches: the same every epoch
+    assert set(order(epoch=1)) == set(order())  # 150 rows of the rank in 15 full batches: the same every epoch
     assert set(order(seed=1)) != set(order())
 
 
@@ -162,9 +158,7 @@ def test_changing_a_batch_in_place_does_not_change_the_cache(source):
     assert next(shard.in_order(6))[1].tolist() == [0, 1, 2, 3, 4, 0]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "limit", "in_memory"), [(1, 5400, True), (1, 5399, False), (2, 2700, True)]
-)
+@pytest.mark.parametrize(("world_size", "limit", "in_memory"), [(1, 5400, True), (1, 5399, False), (2, 2700, True)])
 def test_auto_keeps_in_memory_what_fits_decoded(source, world_size, limit, in_memory):
     assert source.image_bytes * 300 == 5400
     assert Shard(source, 0, world_size, seed=0, memory_limit_bytes=limit).in_memory is in_memory
@@ -174,9 +168,7 @@ def test_more_ranks_than_rows_leaves_some_without(tmp_path, write_numbered):
     source = describe(write_numbered(tmp_path, 2, 2), "train")
     for cache in CACHES:
         shards = [Shard(source, rank, 5, seed=0, cache=cache) for rank in range(5)]
-        assert sorted(
-            row for shard in shards for images, _ in shard.in_order(4) for row in rows_of(images)
-        ) == [0, 1]
+        assert sorted(row for shard in shards for images, _ in shard.in_order(4) for row in rows_of(images)) == [0, 1]
 
 
 @pytest.mark.parametrize(("global_batch", "nearest"), [(7, 8), (0, 4), (-4, 4), (1, 4)])
@@ -187,9 +179,7 @@ def test_a_global_batch_the_workers_cannot_share_is_refused(source, global_batch
 
 
 def test_a_global_batch_larger_than_the_data_is_refused_before_iterating(source):
-    with pytest.raises(
-        ConfigError, match="global batch size is 303, but there are only 300 rows; wanted at most 300"
-    ):
+    with pytest.raises(ConfigError, match="global batch size is 303, but there are only 300 rows; wanted at most 300"):
         Shard(source, 0, 3, seed=0).batches(0, 303)
 
 

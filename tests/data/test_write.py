@@ -44,11 +44,20 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_who_has_the_old_file_open_goes_on_reading_it(tmp_path):
+    images, labels = arrays()
+    file = tmp_path / "train.parquet"
+    write_parquet(file, images, labels, ["no", "yes"])
+    before = file.read_bytes()
+    with file.open("rb") as reader:
+        write_parquet(file, images[:2], labels[:2], ["no", "yes"])
+        assert reader.read() == before
+    assert describe(tmp_path, "train").total_rows == 2
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(
-        DataError, match=r"file/train\.parquet cannot be written \(.*\); choose another directory"
-    ):
+    with pytest.raises(DataError, match=r"file/train\.parquet cannot be written \(.*\); choose another directory"):
         write_parquet(tmp_path / "file" / "train.parquet", *arrays(), ["no", "yes"])
 
 

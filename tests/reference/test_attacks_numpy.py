@@ -95,9 +95,7 @@ def check(ours: torch.Tensor, reference: Array) -> None:
 @each_norm
 def test_fgsm(norm: str, eps: float) -> None:
     p, threat = Problem(), Threat(norm, eps)  # type: ignore[arg-type]
-    check(
-        fgsm(p.model, p.tx, p.y, threat), ascent(p.w, p.b, p.x, p.x, p.onehot, norm, eps, steps=1, alpha=eps)
-    )
+    check(fgsm(p.model, p.tx, p.y, threat), ascent(p.w, p.b, p.x, p.x, p.onehot, norm, eps, steps=1, alpha=eps))
 
 
 @each_norm

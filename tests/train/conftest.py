@@ -1,0 +1,57 @@
+"""A job small enough to run whole in a second or two."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distrobust import config as configuration
+from distrobust.config import Config
+from distrobust.data import write_parquet
+
+MakeConfig = Callable[..., Config]
+
+
+def write_stripes(directory: Path, num_train: int = 160, num_test: int = 40) -> Path:
+    """Four classes of 8x8 gray images, told apart by which quarter of the rows is bright."""
+    rng = np.random.default_rng(0)
+    for split, rows in (("train", num_train), ("test", num_test)):
+        labels = rng.integers(0, 4, rows)
+        images = rng.integers(0, 120, (rows, 1, 8, 8))
+        for image, label in zip(images, labels, strict=True):
+            image[0, 2 * label : 2 * label + 2] += 120
+        names = ["first", "second", "third", "fourth"]
+        write_parquet(directory / f"{split}.parquet", images.astype(np.uint8), labels, names, 32)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stripes(tmp_path_factory.mktemp("stripes"))
+
+
+@pytest.fixture
+def make_config(stripes: Path, tmp_path: Path) -> MakeConfig:
+    """make_config("a.b=c", ...): the small job in a run directory of this test's own."""
+
+    def make(*overrides: str) -> Config:
+        values: dict[str, Any] = {
+            "run": {"dir": str(tmp_path / "run")},
+            "cluster": {"launcher": "local", "workers": 1, "timeout_s": 20},
+            "data": {"path": str(stripes), "held_out": 0.2},
+            "model": {"name": "cnn"},
+            "pretrain": {"epochs": 1, "batch_size": 32},
+            "train": {"epochs": 2, "batch_size": 32},
+            "attack": {"name": "pgd", "steps": 2, "eps": 0.05, "ramp": 0.5},
+            "compress": {"density": 0.05},
+            "noise": {},
+            "checkpoint": {"every": 2},
+            "metrics": {"every": 2, "port": None},
+        }
+        for override in overrides:
+            configuration._override(values, override)
+        return configuration.parse(values, "test")
+
+    return make

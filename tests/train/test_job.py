@@ -1,0 +1,325 @@
+"""The whole job in one process: what it leaves behind, and that stopping it changes nothing."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distrobust.config import Config
+from distrobust.errors import CheckpointError, ConfigError, DataError, DivergedError, ModelError
+from distrobust.metrics import jsonl
+from distrobust.train import job, launch, loop
+from distrobust.train.modelfile import read_model_file
+from distrobust.train.rundir import Outcome, RunDirectory
+from distrobust.train.state import TrainState
+from distrobust.train.step import Recipe, StepResult, train_step
+from tests.train.conftest import MakeConfig
+
+
+class _Silent:
+    def write(self, record: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _run(config: Config) -> Outcome:
+    RunDirectory(config.run.dir).open(config)
+    outcome = launch.run_here(config, _Silent())
+    outcome.raise_if_failed()
+    return outcome
+
+
+def _weights(config: Config) -> dict[str, Tensor]:
+    return read_model_file(config.run.dir / "models/fine-tuned.pt")["state"]  # type: ignore[no-any-return]
+
+
+def _records(config: Config, event: str) -> list[dict[str, Any]]:
+    return [record for record in jsonl.read(config.run.dir / "metrics.jsonl") if record["event"] == event]
+
+
+def _assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    differing = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert not differing
+
+
+class _Crash(BaseException):
+    """As sudden as SIGKILL: no handler of the program sees it coming, and nothing is saved."""
+
+
+@pytest.fixture
+def crash_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """crash_at(phase, step): the next run dies before that step."""
+
+    def plan(phase: str, step: int) -> None:
+        def dying(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe, rank: int) -> StepResult:
+            if (state.position.phase, state.position.step) == (phase, step):
+                raise _Crash
+            return train_step(state, images, labels, recipe, rank)
+
+        monkeypatch.setattr(loop, "train_step", dying)
+
+    yield plan
+
+
+def test_a_run_leaves_models_records_and_both_evaluations(make_config: MakeConfig) -> None:
+    config = make_config()
+    assert _run(config).status == "done"
+    evaluations = {(r["model"], r["attack"]) for r in _records(config, "evaluation")}
+    attack = "PGD-20 Linf 0.05"
+    assert evaluations == {(m, a) for m in ("pre-trained", "fine-tuned") for a in ("clean", attack)}
+    assert all(r["samples"] == 40 and r["low"] <= r["accuracy"] <= r["high"] for r in _records(config, "evaluation"))
+    assert {r["phase"] for r in _records(config, "step")} == {"pretrain", "train"}
+    assert (config.run.dir / "models/pre-trained.pt").exists()
+
+
+def test_the_same_configuration_and_seed_give_the_same_bits(make_config: MakeConfig) -> None:
+    first, second = make_config(), make_config("run.dir=" + str(make_config().run.dir) + "-again")
+    _run(first)
+    _run(second)
+    _assert_equal(_weights(first), _weights(second))
+
+
+def test_another_seed_gives_other_weights(make_config: MakeConfig) -> None:
+    first, second = make_config(), make_config("run.dir=" + str(make_config().run.dir) + "-again", "run.seed=1")
+    _run(first)
+    _run(second)
+    assert not torch.equal(_weights(first)["head.weight"], _weights(second)["head.weight"])
+
+
+# 128 training rows, batches of 32: 4 steps of pretrain, 8 of train; checkpoints after every second step
+@pytest.mark.parametrize(("phase", "step"), [("pretrain", 1), ("pretrain", 3), ("train", 0), ("train", 5), ("train", 7)])
+def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(
+    make_config: MakeConfig, crash_at: Any, monkeypatch: pytest.MonkeyPatch, phase: str, step: int
+) -> None:
+    whole = make_config("run.dir=" + str(make_config().run.dir) + "-whole")
+    _run(whole)
+    config = make_config()
+    crash_at(phase, step)
+    with pytest.raises(_Crash):
+        _run(config)
+    monkeypatch.undo()
+    assert _run(config).status == "done"
+    _assert_equal(_weights(config), _weights(whole))
+    last = [[r for r in _records(c, "step") if r["phase"] == "train"][-1] for c in (config, whole)]
+    for key in ("sent_bytes", "dense_bytes", "loss", "layer_lr_ratio", "residual_norm_ratio", "samples"):
+        assert last[0][key] == last[1][key], key
+
+
+def test_a_stop_request_writes_a_checkpoint_and_the_next_start_continues(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_config("run.dir=" + str(make_config().run.dir) + "-whole")
+    _run(whole)
+    config = make_config("checkpoint.every=100")
+    directory = RunDirectory(config.run.dir)
+
+    def stopping(state: TrainState, *rest: Any) -> StepResult:
+        if (state.position.phase, state.position.step) == ("train", 1):
+            directory.stop.touch()
+        return train_step(state, *rest)
+
+    monkeypatch.setattr(loop, "train_step", stopping)
+    outcome = _run(config)
+    assert (outcome.status, outcome.text) == ("stopped", "train, step 2 of 8")
+    monkeypatch.undo()
+    assert _run(config).status == "done"
+    _assert_equal(_weights(config), _weights(whole))
+
+
+def test_residuals_survive_a_restart(make_config: MakeConfig, crash_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    crash_at("train", 5)
+    with pytest.raises(_Crash):
+        _run(config)
+    monkeypatch.undo()
+    seen: dict[str, float] = {}
+
+    def looking(state: TrainState, *rest: Any) -> StepResult:
+        seen.setdefault("norm", sum(float(r.v.norm()) for r in state.compression.residuals.values()))
+        return train_step(state, *rest)
+
+    monkeypatch.setattr(loop, "train_step", looking)
+    _run(config)
+    assert seen["norm"] > 0
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    make_config: MakeConfig, crash_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_config("run.dir=" + str(make_config().run.dir) + "-whole")
+    _run(whole)
+    config = make_config()
+    crash_at("train", 5)
+    with pytest.raises(_Crash):
+        _run(config)
+    monkeypatch.undo()
+    newest = config.run.dir / "checkpoints/1-train-0000004/rank-0.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    _run(config)
+    assert [r["resumed_step"] for r in _records(config, "run")] == [0, 2]
+    _assert_equal(_weights(config), _weights(whole))
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(
+    make_config: MakeConfig, crash_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    crash_at("pretrain", 3)
+    with pytest.raises(_Crash):
+        _run(config)
+    monkeypatch.undo()
+    (config.run.dir / "checkpoints/0-pretrain-0000002/manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+        _run(config)
+
+
+def test_a_run_directory_of_another_configuration_is_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    RunDirectory(config.run.dir).open(config)
+    changed = make_config("compress.density=0.1")
+    with pytest.raises(ConfigError, match=r"belongs to another configuration \(compress.density: 0.1 here, 0.05 there\)"):
+        RunDirectory(changed.run.dir).open(changed)
+
+
+def test_non_finite_gradients_skip_the_step_and_training_goes_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    before: list[dict[str, Tensor]] = []
+
+    def poisoned(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe, rank: int) -> StepResult:
+        if (state.position.phase, state.position.step) != ("train", 4):
+            return train_step(state, images, labels, recipe, rank)
+        handle = state.net.head.register_forward_hook(lambda _m, _i, out: out * float("nan"))
+        before.append({name: tensor.clone() for name, tensor in state.net.state_dict().items()})
+        residuals = {name: r.v.clone() for name, r in state.compression.residuals.items()}
+        result = train_step(state, images, labels, recipe, rank)
+        handle.remove()
+        _assert_equal(dict(state.net.state_dict()), before[0])  # batch-norm statistics included
+        _assert_equal({name: r.v for name, r in state.compression.residuals.items()}, residuals)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    assert _run(config).status == "done"
+    assert before
+    assert _records(config, "step")[-1]["nonfinite_steps"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in _weights(config).values())
+
+
+def test_too_many_non_finite_steps_in_a_row_end_the_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("train.max_skipped_steps=3")
+
+    def poisoned(state: TrainState, images: Tensor, *rest: Any) -> StepResult:
+        if state.position.phase == "train":
+            state.net.head.bias.data.fill_(float("inf"))
+        return train_step(state, images, *rest)
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(DivergedError, match=r"train, step 3: non-finite gradients 3 steps in a row; lower train.schedule"):
+        _run(config)
+
+
+def test_noise_changes_the_step_sizes(make_config: MakeConfig) -> None:
+    on, off = make_config("noise.alpha=0.01"), make_config("noise=null", "run.dir=" + str(make_config().run.dir) + "-off")
+    _run(on)
+    _run(off)
+    ratios = _records(on, "step")[-1]["layer_lr_ratio"]
+    assert ratios.keys() == {"stem", "layer1", "layer2", "head"}
+    assert all(0 < ratio <= 1 for ratio in ratios.values())
+    assert min(ratios.values()) < 0.9
+    assert not torch.equal(_weights(on)["head.weight"], _weights(off)["head.weight"])
+
+
+def test_compressed_fine_tuning_sends_fewer_bytes_than_dense(make_config: MakeConfig) -> None:
+    """With one rank nothing is sent at all; two ranks are in tests/cluster. Here: the counters count."""
+    config = make_config()
+    _run(config)
+    assert _records(config, "step")[-1]["sent_bytes"] == 0
+
+
+def test_fine_tuning_from_weights_evaluates_both(make_config: MakeConfig, tmp_path: Path) -> None:
+    natural = make_config()
+    _run(natural)
+    weights = natural.run.dir / "models/pre-trained.pt"
+    config = make_config("pretrain=null", f"model.weights={weights}", f"run.dir={tmp_path / 'tuned'}")
+    _run(config)
+    assert {r["model"] for r in _records(config, "evaluation")} == {"pre-trained", "fine-tuned"}
+    _assert_equal(_weights(config), _weights(natural))  # the same start, data order and seeds
+
+
+def test_weights_of_another_model_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    torch.save({"model": "cnn", "classes": ["a"], "shape": [1, 8, 8], "state": {"head.weight": torch.zeros(2)}}, path)
+    with pytest.raises(ModelError, match="weights do not fit the model"):
+        _run(make_config("pretrain=null", f"model.weights={path}"))
+
+
+def test_a_hostile_weights_file_runs_no_code(make_config: MakeConfig, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "owned",))
+
+    path = tmp_path / "hostile.pt"
+    torch.save({"model": Hostile()}, path)
+    with pytest.raises(ModelError, match="not a model file"):
+        _run(make_config("pretrain=null", f"model.weights={path}"))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_missing_data_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=str(tmp_path / "nowhere")):
+        _run(make_config(f"data.path={tmp_path / 'nowhere'}"))
+
+
+def test_a_batch_larger_than_the_data_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match="global batch size is 512"):
+        _run(make_config("train.batch_size=512"))
+
+
+def test_an_error_a_restart_cannot_mend_is_not_tried_again(make_config: MakeConfig) -> None:
+    config = make_config()
+    RunDirectory(config.run.dir).open(config)
+    RunDirectory(config.run.dir).write_outcome(Outcome("failed", "DataError", "row 3 is broken"))
+    assert launch.run_here(config, _Silent()) == Outcome("failed", "DataError", "row 3 is broken")
+
+
+def test_the_local_launcher_is_one_rank(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"cluster.workers: got 2, wanted 1"):
+        launch.run_here(make_config("cluster.workers=2"), _Silent())
+
+
+def test_a_flipped_bit_changes_the_parameter_digest(make_config: MakeConfig) -> None:
+    class State:
+        net = torch.nn.Linear(4, 3)
+
+    state: Any = State()
+    before = loop.parameter_digest(state)
+    bits = state.net.weight.data.view(torch.int32)
+    for position in (0, 7, 31):
+        bits[1, 2] ^= -(2**31) if position == 31 else 1 << position
+        assert loop.parameter_digest(state) != before
+        bits[1, 2] ^= -(2**31) if position == 31 else 1 << position
+    assert loop.parameter_digest(state) == before
+
+
+def test_streaming_and_memory_give_the_same_run(make_config: MakeConfig) -> None:
+    memory, stream = make_config(), make_config("data.cache=stream", "run.dir=" + str(make_config().run.dir) + "-stream")
+    _run(memory)
+    _run(stream)
+    _assert_equal(_weights(memory), _weights(stream))
+
+
+def test_the_outcome_is_on_disk(make_config: MakeConfig) -> None:
+    config = make_config()
+    _run(config)
+    assert json.loads((config.run.dir / "outcome.json").read_text())["status"] == "done"
+    assert job.MODEL_NAMES["train"] == "fine-tuned"
