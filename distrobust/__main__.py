@@ -2,4 +2,5 @@
 
 from distrobust.cli import main
 
-main()
+if __name__ == "__main__":  # torchrun's workers import this module again
+    main()

@@ -66,12 +66,14 @@ def train(file: Path, overrides: tuple[str, ...], launcher: str | None) -> None:
         if os.environ["RANK"] == "0":
             directory.open(config)
         with _console() as console:
-            outcome = launch.run_under_torchrun(config, console)
+            outcome = launch.run_under_torchrun(config, [console] if os.environ["RANK"] == "0" else [])
+        outcome.raise_if_failed()  # each rank for itself: the others may not have met the error
         if os.environ["RANK"] != "0":
-            sys.exit(0 if outcome.status == "done" else 2)
+            return
     elif config.cluster.launcher == "torchrun":
-        settings = [part for override in arguments for part in ("--set", override)]
-        sys.exit(launch.spawn_torchrun(config, ["train", str(file), *settings]))
+        directory.open(config)
+        with _followed(directory):
+            outcome = launch.spawn_torchrun(config)
     elif config.cluster.launcher == "local":
         directory.open(config)
         with _console() as console:

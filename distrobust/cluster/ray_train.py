@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from typing import Any
@@ -34,6 +35,8 @@ def run_on_ray(config: Config) -> Outcome:
 
     settings = config.cluster
     private = settings.address is None
+    if private:  # it tells every user that the cluster we start and stop ourselves is protected by a token
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     ray.init(
         address="local" if private else settings.address,
         num_cpus=settings.workers * settings.threads if private else None,
@@ -57,27 +60,28 @@ def run_on_ray(config: Config) -> Outcome:
     )
 
 
-def _fit(config: Config, directory: RunDirectory) -> Exception | None:
+def _fit(config: Config, directory: RunDirectory) -> BaseException | None:
     """Runs the trainer in a thread of its own: Ray would otherwise take over Ctrl-C and abort without a checkpoint."""
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     def fit() -> None:
         try:
             _trainer(config).fit()
-        except Exception as error:
+        except BaseException as error:  # Ray raises KeyboardInterrupt here too
             failures.append(error)
 
+    def ask_to_stop(number: int, _frame: object) -> None:
+        directory.stop.touch()
+        signal.signal(number, signal.default_int_handler)  # the second one interrupts
+
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    interrupted = False
-    while thread.is_alive():
-        try:
+    previous = signal.signal(signal.SIGINT, ask_to_stop)
+    try:
+        thread.start()
+        while thread.is_alive():
             thread.join(0.2)
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            directory.stop.touch()
+    finally:
+        signal.signal(signal.SIGINT, previous)
     return failures[0] if failures else None
 
 

@@ -48,6 +48,7 @@ class Mean:
     used: dict[str, bool] = field(default_factory=dict)  # whether any rank had a gradient
     side: dict[str, float] = field(default_factory=dict)  # mean over ranks of the observed values
     side_is_local: bool = False  # observed on local gradients, not on their mean
+    damaged: CodecError | None = None  # a callback that raised it would leave its text alone
 
 
 Observe = Callable[[str, Tensor], Tensor]  # (name, gradient (n,)) -> one float32 value
@@ -117,7 +118,11 @@ def launch_sparse(
         packed = message.pack_non_finite(layout, device)
 
     def decode(future: Future[Any]) -> Mean:
-        means = _decode(layout, future.value(), parts)
+        received = future.value()
+        try:
+            means = _decode(layout, received, parts)
+        except CodecError as error:
+            return Mean(None, damaged=error)
         if means is None:
             return Mean(None)
         mean, sums = means
@@ -211,7 +216,7 @@ def _reduce_gradient(settings: Settings, bucket: Tensor, parts: list[Part], scal
         if part.residual.rule.clip is not None:
             rule = memory.Rule(clip=part.residual.rule.clip * scale)
             part.gradient.copy_(memory.local_gradient(part.gradient, part.weight, rule, transport.num_ranks))
-    bucket.div_(transport.num_ranks)
+    bucket.mul_(1.0 / transport.num_ranks)  # as DDP itself: with three ranks a division has other bits
 
     def finish(future: Future[Any]) -> Mean:
         reduced = future.value()

@@ -63,6 +63,8 @@ def attach(
     _choose("compress.momentum", momentum, {"residual": None, "optimizer": None})
     if not 0.0 <= warmup <= 1.0:
         raise ConfigError(f"compress.warmup: got {warmup}, wanted a share of the run from 0 to 1")
+    if clip is not None and not clip > 0.0:
+        raise ConfigError(f"compress.clip: got {clip}, wanted a norm above 0, or None for no clipping")
     schedule = Warmup(density, round(warmup * (num_steps or 0)), ladder)
     if num_steps is None and warmup and density < ladder[0]:
         _log.warning("compress: no warm-up, because the length of the run is unknown; pass num_steps=")
@@ -88,6 +90,9 @@ def attach(
     for name, buffer in taken.momentum_buffers.items():
         state.residuals[name].u.copy_(flat_like(buffer, parameters[name]))
     model.register_comm_hook(state, compression_hook)
+    if momentum == "residual":
+        takeover.empty_(optimizer, taken)
+        optimizer.register_step_pre_hook(lambda *_: takeover.refuse_return(optimizer))
     optimizer.register_step_pre_hook(lambda *_: state.drop_gradients_if_skipped())
     return state
 

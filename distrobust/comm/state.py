@@ -145,6 +145,9 @@ class Compression:
         started = time.perf_counter()
         try:
             decoded = [mean.value() for mean in means.value()]
+            for mean in decoded:
+                if mean.damaged is not None:
+                    raise mean.damaged
             self._apply(current, decoded)
         except Exception as error:
             self.error = error
@@ -223,6 +226,8 @@ class Compression:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from the same rank's `state_dict()`; CheckpointError, changing nothing, if it does not fit."""
+        if "residuals" not in state:
+            raise CheckpointError("this is not what Compression.state_dict() returned: it holds no 'residuals'")
         transport = self.settings.transport
         place = (state["rank"], state["num_ranks"])
         if place != (transport.rank, transport.num_ranks):
@@ -241,6 +246,11 @@ class Compression:
                 raise CheckpointError(
                     f"residual of {name!r}: got shape {tuple(entry['v'].shape)}, "
                     f"wanted {tuple(self.parameters[name].shape)}"
+                )
+            if ("u" in entry) != bool(self.residuals[name].rule.momentum):
+                with_or_without = ("with", "without") if "u" in entry else ("without", "with")
+                raise CheckpointError(
+                    "residual of {!r}: saved {} momentum, this run is {} it".format(name, *with_or_without)
                 )
         for name, entry in saved.items():
             u = flat_like(entry["u"], self.parameters[name]) if "u" in entry else torch.zeros(0)
@@ -280,5 +290,7 @@ def unflat(values: Tensor, parameter: Tensor) -> Tensor:
 
 def flat_like(values: Tensor, parameter: Tensor) -> Tensor:
     """`values` in the parameter's shape -> (n,) in the parameter's bucket order."""
+    if not is_dense_layout(parameter):
+        return values.detach().reshape(-1)
     shaped = torch.empty_like(parameter, dtype=values.dtype)
     return flat(shaped.copy_(values.detach()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,31 +31,48 @@ class Takeover:
 def take_over(
     optimizer: torch.optim.Optimizer, parameters: dict[str, Parameter], *, masking: bool, clip: float | None
 ) -> Takeover:
-    """Takes momentum, Nesterov and weight decay out of a torch.optim.SGD; its learning rates stay.
+    """Reads momentum, Nesterov and weight decay from a torch.optim.SGD, for `empty_` to remove them there.
 
-    Raises ConfigError, changing nothing, for an optimizer it does not know how to empty.
+    Raises ConfigError for an optimizer that cannot be emptied.
     """
     if type(optimizer) is not torch.optim.SGD:
         raise ConfigError(_refusal(optimizer))
     names = {parameter: name for name, parameter in parameters.items()}
-    for group in optimizer.param_groups:
-        _check_group(group)
     rules: dict[str, Rule] = {}
     buffers: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
+        _check_group(group, names)
         moved = Rule(group["momentum"], group["nesterov"], group["weight_decay"], masking, clip)
         for parameter in group["params"]:
             if parameter not in names:
                 continue
             rules[names[parameter]] = moved
-            buffer = optimizer.state[parameter].pop("momentum_buffer", None)
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
             if buffer is not None and moved.momentum:
                 buffers[names[parameter]] = buffer
-        group.update(momentum=0.0, nesterov=False, weight_decay=0.0)
     _refuse_strangers(rules, parameters)
-    used = sorted({(rule.momentum, rule.nesterov, rule.weight_decay) for rule in rules.values()})
-    _log.info("momentum, Nesterov and weight decay moved from the optimizer into the residual: %s", used)
     return Takeover(rules, buffers)
+
+
+def empty_(optimizer: torch.optim.Optimizer, taken: Takeover) -> None:
+    """Removes from `optimizer`, which is changed, what `take_over` read; its learning rates stay."""
+    for group in optimizer.param_groups:
+        group.update(momentum=0.0, nesterov=False, weight_decay=0.0)
+        for parameter in group["params"]:
+            optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
+    used = sorted({(rule.momentum, rule.nesterov, rule.weight_decay) for rule in taken.rules.values()})
+    _log.info("momentum, Nesterov and weight decay moved from the optimizer into the residual: %s", used)
+
+
+def refuse_return(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ConfigError if momentum or weight decay is back in an optimizer that `empty_` had emptied."""
+    for group in optimizer.param_groups:
+        if group["momentum"] or group["weight_decay"]:
+            raise ConfigError(
+                f"optimizer SGD: momentum {group['momentum']} and weight decay {group['weight_decay']} came back after "
+                "compress() had moved them, and would act twice: pass cycle_momentum=False to the learning-rate "
+                "schedule; load an optimizer state saved without compression before calling compress()"
+            )
 
 
 def leave_in_place(
@@ -79,7 +97,7 @@ def _refusal(optimizer: torch.optim.Optimizer) -> str:
     )
 
 
-def _check_group(group: dict[str, object]) -> None:
+def _check_group(group: dict[str, Any], names: dict[Parameter, str]) -> None:
     if group["dampening"]:
         raise ConfigError(
             f"optimizer SGD: dampening {group['dampening']} cannot be moved into the residual; set it to 0"
@@ -88,6 +106,12 @@ def _check_group(group: dict[str, object]) -> None:
         raise ConfigError("optimizer SGD: maximize=True cannot be moved into the residual; negate the loss instead")
     if isinstance(group["momentum"], Tensor) or isinstance(group["weight_decay"], Tensor):
         raise ConfigError("optimizer SGD: momentum and weight decay must be numbers, not tensors, to be moved")
+    others = sum(parameter.requires_grad and parameter not in names for parameter in group["params"])
+    if others and (group["momentum"] or group["weight_decay"]):
+        raise ConfigError(
+            f"optimizer SGD: {others} of its parameters are not exchanged by this model and would lose their momentum "
+            "and weight decay; give them an optimizer of their own"
+        )
 
 
 def _refuse_strangers(rules: dict[str, Rule], parameters: dict[str, Parameter]) -> None:

@@ -24,8 +24,8 @@ class Transport:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self.rank: int = dist.get_rank(group)
-        self.num_ranks: int = dist.get_world_size(group)
+        self.rank: int = dist.get_rank() if group is None else group.rank()
+        self.num_ranks: int = dist.get_world_size() if group is None else group.size()
         self.sent_bytes = 0
 
     def all_gather(self, message: Tensor) -> Future[Any]:

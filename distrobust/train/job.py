@@ -42,6 +42,7 @@ from distrobust.train.step import Recipe
 _log = logging.getLogger(__name__)
 
 PHASES = ("pretrain", "train")
+SECOND_SIGNAL_S = 2.0
 MODEL_NAMES = {"pretrain": "pre-trained", "train": "fine-tuned"}
 
 
@@ -295,19 +296,22 @@ def _exporter(config: Config, directory: RunDirectory) -> Exporter | None:
 
 @contextmanager
 def _stop_requests(directory: RunDirectory) -> Iterator[Callable[[], bool]]:
-    """Whether to leave: the run directory's stop file, or SIGINT or SIGTERM to this process. A second signal kills."""
-    asked = threading.Event()
+    """Whether to leave: the run directory's stop file, or SIGINT or SIGTERM to this process. A later second kills."""
+    asked: list[float] = []
     previous: dict[int, Any] = {}
 
     def handle(number: int, _frame: object) -> None:
-        asked.set()
-        signal.signal(number, previous[number] or signal.SIG_DFL)
+        # a terminal and torchrun both send the first one; a person's second thought comes later
+        if asked and time.monotonic() - asked[0] > SECOND_SIGNAL_S:
+            signal.signal(number, previous[number] or signal.SIG_DFL)
+            signal.raise_signal(number)
+        asked.append(time.monotonic())
 
     if threading.current_thread() is threading.main_thread():
         for wanted in (signal.SIGINT, signal.SIGTERM):
             previous[wanted] = signal.signal(wanted, handle)
     try:
-        yield lambda: asked.is_set() or directory.stop.exists()
+        yield lambda: bool(asked) or directory.stop.exists()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-import subprocess
-import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from distrobust import config as configuration
 from distrobust.config import Config
 from distrobust.errors import CommError, ConfigError
 from distrobust.metrics import Sink
 from distrobust.train import job
-from distrobust.train.rundir import Outcome
+from distrobust.train.rundir import Outcome, RunDirectory
 
 
 def is_torchrun() -> bool:
@@ -41,7 +43,7 @@ def run_here(config: Config, console: Sink) -> Outcome:
             return job.run(config, device, [console])
 
 
-def run_under_torchrun(config: Config, console: Sink) -> Outcome:
+def run_under_torchrun(config: Config, sinks: list[Sink]) -> Outcome:
     """This process is one of torchrun's; cluster.workers must agree with its world size."""
     world_size = int(os.environ["WORLD_SIZE"])
     if config.cluster.workers != world_size:
@@ -49,25 +51,49 @@ def run_under_torchrun(config: Config, console: Sink) -> Outcome:
             f"cluster.workers: got {config.cluster.workers}, but torchrun started {world_size}; "
             f"pass --set cluster.workers={world_size}"
         )
-    sinks = [console] if os.environ["RANK"] == "0" else []
     with _process_group(config) as device:
         return job.run(config, device, sinks)
 
 
-def spawn_torchrun(config: Config, arguments: list[str]) -> int:
-    """Runs `distrobust ARGUMENTS` under torchrun on this machine, one process per worker; returns its exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={config.cluster.workers}", "-m", "distrobust", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.cluster.threads)}
-    process = subprocess.Popen(command, env=environment)
-    while True:
+def spawn_torchrun(config: Config) -> Outcome:
+    """Starts one process per worker on this machine, as torchrun does, and waits for them.
+
+    Raises CommError if a worker died.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what is worth saying is said below
+    os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
+    workers = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.cluster.workers,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    reason = "the workers ended without a word"
+    with contextlib.suppress(SignalException):  # the workers got it too: they write a checkpoint and leave
         try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the workers got the same signal: they write a checkpoint and leave
+            elastic_launch(workers, _rank)(config.model_dump(mode="json"))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            reason = f"rank {rank} ended with exit code {failure.exitcode}"
+    outcome = RunDirectory(config.run.dir).outcome()
+    if outcome is None:
+        raise CommError(f"torchrun: {reason}; start again to continue from the last checkpoint")
+    return outcome
 
 
-@contextmanager
+def _rank(values: dict[str, Any]) -> None:
+    run_under_torchrun(configuration.parse(values, "launcher"), [])
+
+
+@contextlib.contextmanager
 def _process_group(config: Config, **options: object) -> Iterator[torch.device]:
     settings = config.cluster
     if settings.gpu and not torch.cuda.is_available():

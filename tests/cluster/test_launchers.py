@@ -98,9 +98,10 @@ def test_torchrun_runs_the_same_function_and_a_killed_rank_loses_nothing(job_fil
 
 
 @pytest.mark.procs
-def test_ctrl_c_checkpoints_and_leaves(job_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("launcher", "workers"), [("local", 1), ("torchrun", 2)])
+def test_ctrl_c_checkpoints_and_leaves(job_file: Path, tmp_path: Path, launcher: str, workers: int) -> None:
     run = tmp_path / "run"
-    options = ("--launcher", "local", "--set", "cluster.workers=1", "--set", "checkpoint.every=1000")
+    options = ("--launcher", launcher, "--set", f"cluster.workers={workers}", "--set", "checkpoint.every=1000")
     process = _train(job_file, *options)
     _wait_for(lambda: any(r["step"] >= 3 for r in _records(run, "step")))
     process.send_signal(signal.SIGINT)
@@ -119,7 +120,8 @@ def test_ctrl_c_checkpoints_and_leaves(job_file: Path, tmp_path: Path) -> None:
 def test_ray_brings_a_killed_worker_back_to_the_same_bits(job_file: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     process = _train(job_file, "--launcher", "torchrun", "--set", f"run.dir={whole}")
-    assert _finish(process) and process.returncode == 0
+    output = _finish(process)
+    assert process.returncode == 0, output
 
     run = tmp_path / "run"
     process = _train(job_file)
@@ -132,6 +134,19 @@ def test_ray_brings_a_killed_worker_back_to_the_same_bits(job_file: Path, tmp_pa
     assert starts[-1]["resumed_step"] >= 4
     assert "report.html" in output
     _assert_equal(run, whole)  # and Ray's workers compute what torchrun's do
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_ctrl_c_through_ray_checkpoints_and_leaves(job_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _train(job_file, "--set", "checkpoint.every=1000", "--set", "train.epochs=500")
+    _wait_for(lambda: any(r["step"] >= 3 for r in _records(run, "step")))
+    process.send_signal(signal.SIGINT)
+    output = _finish(process, 60)
+    assert "a checkpoint was written, start again to continue" in output
+    assert process.returncode == 0
+    assert list((run / "checkpoints").glob("1-train-*"))
 
 
 @pytest.mark.ray

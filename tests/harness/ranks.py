@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,10 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 TIMEOUT_S = 30.0  # of a collective; only a failing test waits for it
+
+# A group whose last reference is dropped on one of its own threads, by a callback that has just finished, joins itself
+# and ends the process ("Resource deadlock avoided", torch 2.13). So the latest groups live on for a while.
+_alive: deque[dist.ProcessGroup] = deque(maxlen=32)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def _group(store: dist.Store, rank: int, num_ranks: int, timeout_s: float) -> di
     group = dist.ProcessGroup(store, rank, num_ranks)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    _alive.append(group)
     return group
 
 

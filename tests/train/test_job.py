@@ -1,7 +1,6 @@
 """The whole job in one process: what it leaves behind, and that stopping it changes nothing."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ class _Crash(BaseException):
 
 
 @pytest.fixture
-def crash_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def crash_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     """crash_at(phase, step): the next run dies before that step."""
 
     def plan(phase: str, step: int) -> None:
@@ -63,7 +62,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
         monkeypatch.setattr(loop, "train_step", dying)
 
-    yield plan
+    return plan
 
 
 def test_a_run_leaves_models_records_and_both_evaluations(make_config: MakeConfig) -> None:
@@ -92,7 +91,9 @@ def test_another_seed_gives_other_weights(make_config: MakeConfig) -> None:
 
 
 # 128 training rows, batches of 32: 4 steps of pretrain, 8 of train; checkpoints after every second step
-@pytest.mark.parametrize(("phase", "step"), [("pretrain", 1), ("pretrain", 3), ("train", 0), ("train", 5), ("train", 7)])
+@pytest.mark.parametrize(
+    ("phase", "step"), [("pretrain", 1), ("pretrain", 3), ("train", 0), ("train", 5), ("train", 7)]
+)
 def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(
     make_config: MakeConfig, crash_at: Any, monkeypatch: pytest.MonkeyPatch, phase: str, step: int
 ) -> None:
@@ -184,7 +185,9 @@ def test_a_run_directory_of_another_configuration_is_refused(make_config: MakeCo
     config = make_config()
     RunDirectory(config.run.dir).open(config)
     changed = make_config("compress.density=0.1")
-    with pytest.raises(ConfigError, match=r"belongs to another configuration \(compress.density: 0.1 here, 0.05 there\)"):
+    with pytest.raises(
+        ConfigError, match=r"belongs to another configuration \(compress.density: 0.1 here, 0.05 there\)"
+    ):
         RunDirectory(changed.run.dir).open(changed)
 
 
@@ -224,12 +227,17 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(
         return train_step(state, images, *rest)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(DivergedError, match=r"train, step 3: non-finite gradients 3 steps in a row; lower train.schedule"):
+    with pytest.raises(
+        DivergedError, match=r"train, step 3: non-finite gradients 3 steps in a row; lower train.schedule"
+    ):
         _run(config)
 
 
 def test_noise_changes_the_step_sizes(make_config: MakeConfig) -> None:
-    on, off = make_config("noise.alpha=0.01"), make_config("noise=null", "run.dir=" + str(make_config().run.dir) + "-off")
+    on, off = (
+        make_config("noise.alpha=0.01"),
+        make_config("noise=null", "run.dir=" + str(make_config().run.dir) + "-off"),
+    )
     _run(on)
     _run(off)
     ratios = _records(on, "step")[-1]["layer_lr_ratio"]
@@ -312,7 +320,10 @@ def test_a_flipped_bit_changes_the_parameter_digest(make_config: MakeConfig) -> 
 
 
 def test_streaming_and_memory_give_the_same_run(make_config: MakeConfig) -> None:
-    memory, stream = make_config(), make_config("data.cache=stream", "run.dir=" + str(make_config().run.dir) + "-stream")
+    memory, stream = (
+        make_config(),
+        make_config("data.cache=stream", "run.dir=" + str(make_config().run.dir) + "-stream"),
+    )
     _run(memory)
     _run(stream)
     _assert_equal(_weights(memory), _weights(stream))

@@ -1,0 +1,66 @@
+"""What the repository promises in its files: launch files, README, records, start-up cost."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distrobust import config
+from distrobust.cli import commands
+from distrobust.metrics.table import TABLE
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+RECORDS = sorted((ROOT / "benchmarks/results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_launch_file_is_a_valid_configuration(path: Path) -> None:
+    loaded = config.load(path)
+    assert config.parse(config.yaml.safe_load(config.dump(loaded)), "again") == loaded
+
+
+def test_importing_the_package_imports_neither_ray_nor_prometheus_nor_torch() -> None:
+    heavy = ("ray", "prometheus_client", "torch", "matplotlib")
+    code = f"import distrobust, sys; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_file_the_readme_names_exists() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    paths = [link for link in links if "://" not in link]
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_make_target_the_readme_names_exists() -> None:
+    targets = set(re.findall(r"`?make ([a-z]+)", README))
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= targets
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+
+
+def test_every_command_the_readme_names_exists() -> None:
+    named = set(re.findall(r"distrobust (train|evaluate|report|config|data|[a-z]+) (?=[\w<]+[./A-Z])", README))
+    assert {"train", "evaluate", "report", "config"} <= named
+    assert named <= set(commands.commands)
+
+
+def test_every_metric_the_readme_names_is_in_the_table() -> None:
+    names = set(re.findall(r"\bdistrobust_[a-z_]+", README))
+    assert names <= {metric.name for metric in TABLE}
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
+def test_every_record_says_how_it_was_made(path: Path) -> None:
+    content = json.loads(path.read_text())
+    assert {"question", "command", "commit", "versions", "hardware"} <= content.keys()
+    assert not content["commit"].endswith("+changes"), "made with uncommitted code"
+
+
+def test_records_are_named_in_the_readme() -> None:
+    assert RECORDS
+    assert [path.name for path in RECORDS if f"benchmarks/results/{path.name}" not in README] == []
