@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("distrobust", deadline=None)  # examples are small, but a shared core may be busy
+settings.load_profile("distrobust")
 
 
 @pytest.fixture(autouse=True, scope="session")

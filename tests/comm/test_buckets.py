@@ -1,4 +1,4 @@
-"""How DDP lays out and hands over gradients does not matter: buckets, views, memory formats, no_sync, unused parameters."""
+"""How DDP hands over gradients does not matter: buckets, views, memory formats, no_sync, unused parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -92,9 +92,10 @@ def step_on_images(worker: Worker, step: int) -> None:
 
 @pytest.mark.parametrize("density", [0.05, 1.0])
 def test_a_channels_last_network_trains_like_a_contiguous_one(density: float) -> None:
-    """The forward adds in another order, so gradients differ by rounding: sums of up to 128 terms of order 1, thrice in a row
-    and back, over 4 steps at lr 0.1 with momentum: 1e-4 is 100 times 4 x 128 x 2^-24 x 0.1 x 3, and 1,000 below the
-    steps themselves. A coordinate of nearly the k-th magnitude might change places; these seeds hold none.
+    """The forward adds in another order; gradients differ by rounding: sums of up to 128 terms of order 1 in 3 layers
+    and back. Over 4 steps at lr 0.1 with momentum (x 3.4): 6 x 128 x 2^-24 x 4 x 0.34 = 6e-5, a hundredth of the steps
+    themselves. fp32 on the wire, since a rounding to 11 bits turned over would show. A coordinate of nearly the k-th
+    magnitude might change places; these seeds hold none.
     """
 
     def body(rank: Rank) -> None:
@@ -119,7 +120,10 @@ class Strided(nn.Module):
         super().__init__()
         g = torch.Generator().manual_seed(5)
         self.weights = nn.ParameterList(
-            [nn.Parameter(lay(torch.randn(shape, generator=g))) for shape in ((8, 6, 3, 3), (7, 1, 3, 3), (12, 10, 1, 1))]
+            [
+                nn.Parameter(lay(torch.randn(shape, generator=g)))
+                for shape in ((8, 6, 3, 3), (7, 1, 3, 3), (12, 10, 1, 1))
+            ]
         )
 
     def forward(self, step: int, rank: int) -> Tensor:
@@ -149,7 +153,7 @@ LAYS = {"channels-last": _channels_last, "transposed": _transposed, "with gaps":
 def test_memory_format_changes_nothing_and_state_moves_between_formats(
     lay: Callable[[Tensor], Tensor], density: float
 ) -> None:
-    """To the bit: parameters, residuals and momentum, with weight decay, and a state saved in one format loaded in the other."""
+    """To the bit: parameters, residuals, momentum, decay; also a state saved in one format, loaded in another."""
     sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
     def run(worker: Worker, steps: range) -> Worker:

@@ -34,7 +34,11 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(
         for step in range(3):
             step_with(ours, step)
             step_with(twin, step)
-        parameters, kept, optimizer = ours.parameters(), residuals(ours.state), copy.deepcopy(ours.optimizer.state_dict())
+        parameters, kept, optimizer = (
+            ours.parameters(),
+            residuals(ours.state),
+            copy.deepcopy(ours.optimizer.state_dict()),
+        )
         for times in (1, 2):
             step_with(ours, 90 + times, poison if rank.rank == 1 else 1.0)
             assert ours.state.skipped

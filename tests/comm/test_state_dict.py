@@ -31,7 +31,9 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 def test_a_loaded_state_continues_bit_identically(density: float, momentum: str) -> None:
     def body(rank: Rank) -> None:
         def make() -> Worker:
-            return worker(rank, density=density, momentum=momentum, num_steps=8, warmup=0.75, ddp={"bucket_cap_mb": 1e-3})
+            return worker(
+                rank, density=density, momentum=momentum, num_steps=8, warmup=0.75, ddp={"bucket_cap_mb": 1e-3}
+            )
 
         whole, before, after = make(), make(), make()
         for step in range(8):
@@ -124,7 +126,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: Change
 @pytest.mark.parametrize("build", [_wider, _deeper])
 def test_the_state_of_another_model_is_refused(build: Callable[[], nn.Module]) -> None:
     def body(rank: Rank) -> None:
-        with pytest.raises(CheckpointError, match="of another model|got shape"):
+        with pytest.raises(CheckpointError, match=r"of another model|got shape"):
             worker(rank).state.load_state_dict(worker(rank, build).state.state_dict())
 
     run_ranks(1, body)

@@ -164,9 +164,7 @@ def test_momentum_that_comes_back_into_the_optimizer_is_refused_before_it_acts_t
 def test_a_schedule_of_the_rate_alone_works() -> None:
     def body(rank: Rank) -> None:
         ours = worker(rank)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            ours.optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False
-        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(ours.optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False)
         ours.step(0)
         schedule.step()
         ours.step(1)

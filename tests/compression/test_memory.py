@@ -63,7 +63,7 @@ def test_density_one_with_masking_is_sgd_without_momentum(nesterov: bool, factor
 
 @each_form
 def test_without_masking_all_that_is_sent_and_kept_is_what_sgd_would_have_applied(nesterov: bool) -> None:
-    """Selection delays and changes no total. 10 additions a coordinate of values below 32: 10 x 32 x 2^-24 each side."""
+    """Selection delays and changes no total. 10 additions of values below 32 on each side: 2 x 10 x 32 x 2^-24."""
     residual = Residual(N, Rule(0.9, nesterov, masking=False), CPU)
     sgd = Sgd(momentum=0.9, nesterov=nesterov)
     p = torch.zeros(N)

@@ -14,7 +14,9 @@ from distrobust.compression.codec import VALUE_CODES
 from distrobust.compression.message import Layout, Section
 from distrobust.errors import CodecError
 
-sections = st.lists(st.integers(1, 400).flatmap(lambda n: st.builds(Section, st.just(n), st.integers(1, n))), max_size=3)
+sections = st.lists(
+    st.integers(1, 400).flatmap(lambda n: st.builds(Section, st.just(n), st.integers(1, n))), max_size=3
+)
 layouts = st.builds(
     Layout,
     sections.map(tuple),

@@ -40,12 +40,14 @@ def test_without_warmup_steps_the_target_holds_from_the_first_step(target: float
 
 @pytest.mark.parametrize("impossible", [0.0, -0.1, 1.0001, math.nan, math.inf])
 def test_an_impossible_density_is_refused_where_it_is_made(impossible: float) -> None:
-    with pytest.raises(ConfigError, match=rf"compress.density: got {impossible}, wanted a fraction above 0 and at most 1"):
+    with pytest.raises(
+        ConfigError, match=rf"compress.density: got {impossible}, wanted a fraction above 0 and at most 1"
+    ):
         Warmup(impossible)
-    with pytest.raises(ConfigError, match="compress.density"):
+    with pytest.raises(ConfigError, match=r"compress\.density"):
         Warmup(0.001, 10, (0.25, impossible))
 
 
 def test_a_negative_number_of_steps_is_refused() -> None:
-    with pytest.raises(ConfigError, match="compress.warmup: got -1 steps"):
+    with pytest.raises(ConfigError, match=r"compress\.warmup: got -1 steps"):
         Warmup(0.001, -1)

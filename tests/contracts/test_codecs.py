@@ -105,9 +105,9 @@ def test_fp16_keeps_eleven_bits_wherever_the_largest_value_lies(exponent: float,
 
 @given(index_sets())
 def test_index_length_is_near_the_entropy(case: tuple[int, Tensor]) -> None:
-    """Up to a density of 1/32: l + 1 + f bits an index, f = n / (k 2^l) in [1, 2), against log2(n/k) + log2(e) - d/2 log2(e)
-    of entropy: f - log2(f) is at most 1, so the excess is at most 2 - log2(e) + 0.023 = 0.58 bit. The constant: 1 bit
-    behind the unary part, two fillings to whole bytes, and log2(sqrt(2 pi k)) that Stirling leaves out.
+    """Up to a density d of 1/32: l + 1 + f bits an index, f = n / (k 2^l) in [1, 2), against an entropy of log2(n/k) +
+    (1 - d/2) log2(e): f - log2(f) is at most 1, so the excess is at most 2 - log2(e) + 0.023 = 0.58 bit. The constant:
+    1 bit behind the unary part, two fillings to whole bytes, and log2(sqrt(2 pi k)) that Stirling leaves out.
     """
     n, indices = case
     k = len(indices)

@@ -3,7 +3,8 @@
 `run_ranks` gives each thread its own gloo process group over one HashStore, to be handed to the real
 DistributedDataParallel: the collectives are gloo's own, over real sockets, and a rank costs milliseconds. torch has no
 public way to make a process group outside its one global world; the two private calls below (torch 2.13) are the
-only ones, and `test_processes.py` runs the same training in real processes, so that the threads are not believed blindly.
+only ones, and tests/comm/test_processes.py runs the same training in real processes, so that threads are not believed
+blindly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Learning-rate ratios from gradient noise."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_the_quietest_of_each_group_moves_at_the_full_rate_and_none_faster(
 def test_more_noise_never_means_a_higher_rate(noise: dict[str, float], alpha: float) -> None:
     ratios = rate_ratios(noise, dict.fromkeys(noise, "one"), alpha)
     ordered = sorted(noise, key=noise.__getitem__)
-    assert all(ratios[a] >= ratios[b] for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(ratios[a] >= ratios[b] for a, b in pairwise(ordered))
 
 
 def test_groups_do_not_touch_each_other() -> None:

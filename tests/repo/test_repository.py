@@ -64,3 +64,10 @@ def test_every_record_says_how_it_was_made(path: Path) -> None:
 def test_records_are_named_in_the_readme() -> None:
     assert RECORDS
     assert [path.name for path in RECORDS if f"benchmarks/results/{path.name}" not in README] == []
+
+
+def test_the_readmes_results_are_those_of_the_record() -> None:
+    ran = subprocess.run([sys.executable, "benchmarks/table.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = ran.stdout.splitlines()
+    assert len(lines) > 4
+    assert [line for line in lines if line not in README] == []
