@@ -78,6 +78,29 @@ def test_a_single_nan_among_the_small_tensors_is_enough() -> None:
     run_ranks(3, body)
 
 
+def test_a_nan_in_an_early_bucket_reaches_no_selection_in_the_last() -> None:
+    """The small tensor's bucket goes first, its coordinates are selected with the last one, which is finite itself."""
+
+    class Poisoned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.middle, self.small = (nn.Parameter(torch.ones(n)) for n in (5000, 300, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.large.sum() + self.middle.sum() + (self.small * x).sum()
+
+    def body(rank: Rank) -> None:
+        ours = worker(rank, Poisoned, ddp={"bucket_cap_mb": 1e-3})
+        for step in range(3):
+            ours.optimizer.zero_grad()
+            ours.ddp(torch.full((3,), math.nan if rank.rank == 0 else 1.0)).backward()
+            ours.optimizer.step()
+            assert ours.state.skipped_steps == step + 1
+        assert torch.equal(ours.ddp.module.large, torch.ones(5000))
+
+    run_ranks(2, body, timeout_s=5)
+
+
 def test_the_step_that_turns_dense_is_skipped_like_any_other() -> None:
     """It reduces residuals, not gradients: they too are as they were."""
 
