@@ -1,15 +1,14 @@
-"""One bucket: its gradients in, the identical mean on every rank out.
+"""One bucket in a sparse phase: its gradients in, the identical mean on every rank out.
 
-`launch_sparse` and `launch_dense` do the local half and issue the one collective; the Future they return holds the
-`Mean`, decoded in its callback. Nothing is committed here: residuals only have their next buffers written.
-Every rank adds the payloads in rank order, one scatter per rank, so the mean is the same on all of them to the bit.
+`launch_sparse` does the local half and issues the one collective; the Future it returns holds the `Mean`, decoded in
+its callback. Nothing is committed here: residuals only have their next buffers written. Every rank adds the payloads in
+rank order, one scatter per rank, so the mean is the same on all of them to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,7 +50,16 @@ class Mean:
     damaged: CodecError | None = None  # a callback that raised it would leave its text alone
 
 
-Observe = Callable[[str, Tensor], Tensor]  # (name, gradient (n,)) -> one float32 value
+class Observer(Protocol):
+    """Looks at every gradient before it is compressed; one number a parameter travels in the message."""
+
+    def observe(self, name: str, gradient: Tensor) -> Tensor:
+        """One float32 value for a gradient (n,), local in a sparse phase, the mean over ranks in a dense one."""
+        ...
+
+    def commit(self) -> None:
+        """The step of the gradients observed last was taken."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Settings:
     code: ValueCode
     select: Selector
     detect_unused: bool
-    observe: Observe | None
+    observer: Observer | None
 
 
 @dataclass(frozen=True)
@@ -88,13 +96,13 @@ def launch_sparse(
     used, side = [], []
     total = torch.zeros((), device=device)
     for part in parts:
-        gradient = _unscaled(part, step.scale)
+        gradient = unscaled(part, step.scale)
         local = memory.local_gradient(gradient, part.weight, part.residual.rule, settings.transport.num_ranks)
         memory.accumulate(part.residual, local)
         total += part.residual.next_v.sum()
-        used.append(_any(settings, gradient))
-        if settings.observe is not None:
-            side.append(settings.observe(part.name, gradient))
+        used.append(had_gradient(settings, gradient))
+        if settings.observer is not None:
+            side.append(settings.observer.observe(part.name, gradient))
     finite = finite and bool(torch.isfinite(total))
 
     large = [part for part in parts if part.name not in step.fused]
@@ -120,24 +128,19 @@ def launch_sparse(
     def decode(future: Future[Any]) -> Mean:
         received = future.value()
         try:
-            means = _decode(layout, received, parts)
+            return _decode(layout, received, parts, bucket.numel(), bool(large))
         except CodecError as error:
-            return Mean(None, damaged=error)
-        if means is None:
-            return Mean(None)
-        mean, sums = means
-        mean.flat = sums[0] if large else torch.zeros_like(bucket, dtype=torch.float32)
-        mean.fused = sums[-1] if fused else None
-        return mean
+            return Mean(None, damaged=error)  # as a value: an exception here would reach the caller as text only
 
     return settings.transport.all_gather(packed).then(decode), finite
 
 
-def _unscaled(part: Part, scale: float) -> Tensor:
+def unscaled(part: Part, scale: float) -> Tensor:
+    """The part's gradient without the loss scale."""
     return part.gradient.to(torch.float32) / scale if scale != 1.0 else part.gradient
 
 
-def _any(settings: Settings, gradient: Tensor) -> Tensor:
+def had_gradient(settings: Settings, gradient: Tensor) -> Tensor:
     """Whether this rank had a gradient; DDP leaves zeros in the bucket for a parameter that was not used."""
     if settings.detect_unused:
         return (gradient != 0).any()
@@ -161,106 +164,41 @@ def _encode_fused(settings: Settings, residuals: list[Residual], section: Sectio
     joined = torch.cat([r.next_v for r in residuals])
     indices = settings.select(joined, section.k)
     payload, sent = codec.encode(indices, joined[indices], section.n, settings.code)
-    start = 0
-    for residual in residuals:
-        end = start + residual.v.numel()
-        first, last = torch.searchsorted(indices, torch.tensor([start, end], device=indices.device)).tolist()
-        memory.remove_sent(residual, indices[first:last] - start, sent[first:last])
-        start = end
+    ends = torch.tensor([r.v.numel() for r in residuals], device=indices.device).cumsum(0)
+    counts = torch.searchsorted(indices, ends).diff(prepend=ends.new_zeros(1)).tolist()
+    starts = (ends - ends.diff(prepend=ends.new_zeros(1))).tolist()
+    for residual, start, s, piece in zip(residuals, starts, indices.split(counts), sent.split(counts), strict=True):
+        memory.remove_sent(residual, s - start, piece)
     return payload
 
 
-def _decode(layout: Layout, messages: Tensor, parts: list[Part]) -> tuple[Mean, list[Tensor]] | None:
-    """The mean of each section over `messages` (num_ranks, bytes); None if some rank was not finite."""
-    num_ranks = messages.shape[0]
+def _decode(layout: Layout, messages: Tensor, parts: list[Part], size: int, large: bool) -> Mean:
+    """The mean over `messages` (num_ranks, bytes) of a bucket of `size`; `large`: the first section is the bucket's."""
     decoded = []
-    for rank in range(num_ranks):
+    for rank, received in enumerate(messages):
         try:
-            decoded.append(message.unpack(layout, messages[rank]))
+            decoded.append(message.unpack(layout, received))
         except CodecError as error:
             names = f"{parts[0].name} .. {parts[-1].name}"
             raise CodecError(
                 f"step {layout.step}, message of rank {rank} for {names}: {error}; nothing was applied"
             ) from None
     finite = [one for one in decoded if one is not None]
-    if len(finite) < num_ranks:
-        return None
-    sums = [torch.zeros(section.n, device=messages.device) for section in layout.sections]
+    if len(finite) < len(messages):
+        return Mean(None)
+    means = [torch.zeros(section.n, device=messages.device) for section in layout.sections]
     for one in finite:
-        for total, (indices, values) in zip(sums, one.payloads, strict=True):
-            total.index_add_(0, indices, values)
-    for total in sums:
-        total /= num_ranks
-    order = [part.name for part in parts]
+        for mean, (indices, values) in zip(means, one.payloads, strict=True):
+            mean.index_add_(0, indices, values)
+    for mean in means:
+        mean /= len(messages)
+    names_in_order = [part.name for part in parts]
     used = torch.stack([one.used for one in finite]).any(dim=0).tolist()
-    side = (torch.stack([one.side for one in finite]).sum(dim=0) / num_ranks).tolist()
-    mean = Mean(None, used=dict(zip(order, used, strict=True)), side=dict(zip(order, side, strict=False)))
-    mean.side_is_local = True
-    return mean, sums
-
-
-def launch_dense(settings: Settings, step: Step, bucket: Tensor, parts: list[Part]) -> Future[Any]:
-    """All-reduces the bucket and applies the momentum here: DistributedDataParallel with torch.optim.SGD.
-
-    While residuals are settled the gradient itself is reduced, in the order of DDP's own all-reduce, so that the bits
-    agree too. Otherwise v and u are reduced once, side by side, which settles them and loses nothing.
-    """
-    if all(part.residual.settled for part in parts):
-        return _reduce_gradient(settings, bucket, parts, step.scale)
-    return _reduce_residual(settings, bucket, parts, step.scale)
-
-
-def _reduce_gradient(settings: Settings, bucket: Tensor, parts: list[Part], scale: float) -> Future[Any]:
-    transport = settings.transport
-    for part in parts:
-        if part.residual.rule.clip is not None:
-            rule = memory.Rule(clip=part.residual.rule.clip * scale)
-            part.gradient.copy_(memory.local_gradient(part.gradient, part.weight, rule, transport.num_ranks))
-    bucket.mul_(1.0 / transport.num_ranks)  # as DDP itself: with three ranks a division has other bits
-
-    def finish(future: Future[Any]) -> Mean:
-        reduced = future.value()
-        if not bool(torch.isfinite(reduced.sum(dtype=torch.float32))):
-            return Mean(None)
-        result = Mean(torch.empty(bucket.numel(), device=bucket.device))
-        assert result.flat is not None
-        for part in parts:
-            gradient = _unscaled(part, scale)
-            result.used[part.name] = bool(_any(settings, gradient))
-            if settings.observe is not None:
-                result.side[part.name] = float(settings.observe(part.name, gradient))
-            decay = memory.Rule(weight_decay=part.residual.rule.weight_decay)
-            decayed = memory.local_gradient(gradient, part.weight, decay, 1)
-            result.flat[part.start : part.end] = memory.velocity(part.residual, decayed)
-            part.residual.next_v.zero_()
-        return result
-
-    return transport.all_reduce(bucket).then(finish)
-
-
-def _reduce_residual(settings: Settings, bucket: Tensor, parts: list[Part], scale: float) -> Future[Any]:
-    transport = settings.transport
-    used = torch.ones(len(parts), device=bucket.device)
-    for i, part in enumerate(parts):
-        gradient = _unscaled(part, scale)
-        used[i] = _any(settings, gradient)
-        local = memory.local_gradient(gradient, part.weight, part.residual.rule, transport.num_ranks)
-        memory.accumulate(part.residual, local)
-    halves = [part.residual.next_v for part in parts] + [part.residual.next_u for part in parts]
-    packed = torch.cat([*halves, used]).div_(transport.num_ranks)
-
-    def finish(future: Future[Any]) -> Mean:
-        reduced = future.value()
-        if not bool(torch.isfinite(reduced.sum())):
-            return Mean(None)
-        pieces = reduced.split([*(half.numel() for half in halves), len(parts)])
-        result = Mean(torch.empty(bucket.numel(), device=bucket.device))
-        assert result.flat is not None
-        for i, part in enumerate(parts):
-            result.used[part.name] = bool(pieces[-1][i] > 0)
-            result.flat[part.start : part.end] = pieces[i]
-            part.residual.next_v.zero_()
-            part.residual.next_u.copy_(pieces[len(parts) + i])
-        return result
-
-    return transport.all_reduce(packed).then(finish)
+    side = (torch.stack([one.side for one in finite]).sum(dim=0) / len(messages)).tolist()
+    return Mean(
+        flat=means[0] if large else torch.zeros(size, device=messages.device),
+        fused=means[-1] if len(means) > int(large) else None,
+        used=dict(zip(names_in_order, used, strict=True)),
+        side=dict(zip(names_in_order, side, strict=False)),
+        side_is_local=True,
+    )

@@ -14,8 +14,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distrobust.comm import takeover
-from distrobust.comm.exchange import Observe, Settings
-from distrobust.comm.state import Compression, flat_like
+from distrobust.comm.exchange import Observer, Settings
+from distrobust.comm.flat import flat_like
+from distrobust.comm.state import Compression
 from distrobust.comm.transport import Transport
 from distrobust.compression.codec import VALUE_CODES
 from distrobust.compression.select import SELECTORS
@@ -52,7 +53,7 @@ def attach(
     clip: float | None = None,
     fuse_below: int = FUSE_BELOW,
     scaler: Any = None,
-    observe: Observe | None = None,
+    observer: Observer | None = None,
     transport: Transport | None = None,
 ) -> Compression:
     """See `distrobust.compress`, which is this."""
@@ -83,7 +84,7 @@ def attach(
         code=VALUE_CODES[values],
         select=SELECTORS[selector],
         detect_unused=bool(model.find_unused_parameters or model.static_graph),
-        observe=observe,
+        observer=observer,
     )
     scale: Callable[[], float] | None = scaler.get_scale if scaler is not None else None
     state = Compression(parameters, taken.rules, settings, schedule, fuse_below=fuse_below, scale=scale)

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn import Parameter
 
-from distrobust.comm import exchange
-from distrobust.comm.exchange import Mean, Part, Settings, Step
+from distrobust.comm.dense import launch_dense
+from distrobust.comm.exchange import Mean, Part, Settings, Step, launch_sparse
+from distrobust.comm.flat import flat, flat_like, unflat
 from distrobust.compression import codec
 from distrobust.compression.memory import Residual, Rule
 from distrobust.compression.select import num_selected
@@ -47,7 +48,7 @@ class Compression:
     """State of the communication hook, keyed by parameter name. Made by `distrobust.compress`.
 
     `step`: optimizer steps seen, skipped ones included. `skipped`: the last backward met a non-finite gradient on some
-    rank. `side`: what `observe` returned, averaged over ranks, by parameter; `side_is_local` says of which gradient.
+    rank. `side`: what the observer returned, averaged over ranks, by parameter; `side_is_local` says of which gradient.
     `seconds`: host time spent in the hook so far, waiting excluded. `error`: why the last backward failed, if it did.
     """
 
@@ -78,7 +79,6 @@ class Compression:
         self.seconds = 0.0
         self.side: dict[str, float] = {}
         self.side_is_local = False
-        self.on_commit: Callable[[], None] | None = None
         self.error: Exception | None = None
 
     @property
@@ -112,9 +112,9 @@ class Compression:
         current = self._pass
         try:
             if current.dense:
-                future = exchange.launch_dense(self.settings, current.step, bucket, parts)
+                future = launch_dense(self.settings, current.step, bucket, parts)
             else:
-                future, current.finite = exchange.launch_sparse(
+                future, current.finite = launch_sparse(
                     self.settings, current.step, bucket, parts, is_last, current.finite
                 )
         except Exception as error:
@@ -180,8 +180,8 @@ class Compression:
                 else:  # DDP will drop the answer for a parameter nobody used: leave it in the residual
                     mean.flat[part.start : part.end] = 0.0
             bucket.copy_(mean.flat if current.step.scale == 1.0 else mean.flat * current.step.scale)
-        if self.on_commit is not None:
-            self.on_commit()
+        if self.settings.observer is not None and self.side:
+            self.settings.observer.commit()
 
     def _split_fused(self, current: _Pass, means: list[Mean]) -> dict[str, Tensor]:
         joined = means[-1].fused
@@ -267,30 +267,3 @@ class Compression:
             raise self.error
         if self.error is not None:
             raise CommError(f"step {self.step}: {self.settings.transport.explain(self.error)}") from self.error
-
-
-def is_dense_layout(parameter: Tensor) -> bool:
-    """Whether DDP gives this parameter's gradient the parameter's own strides within the bucket."""
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(parameter))
-
-
-def flat(parameter: Tensor) -> Tensor:
-    """(n,) in the order of the bucket: the parameter's storage order where it is dense. A view if it can be one."""
-    if is_dense_layout(parameter):
-        return parameter.as_strided((parameter.numel(),), (1,), parameter.storage_offset())
-    return parameter.reshape(-1)
-
-
-def unflat(values: Tensor, parameter: Tensor) -> Tensor:
-    """Inverse of `flat`: (n,) in bucket order -> a contiguous copy in the parameter's shape."""
-    if is_dense_layout(parameter):
-        return values.as_strided(parameter.shape, parameter.stride()).clone(memory_format=torch.contiguous_format)
-    return values.view(parameter.shape).clone()
-
-
-def flat_like(values: Tensor, parameter: Tensor) -> Tensor:
-    """`values` in the parameter's shape -> (n,) in the parameter's bucket order."""
-    if not is_dense_layout(parameter):
-        return values.detach().reshape(-1)
-    shaped = torch.empty_like(parameter, dtype=values.dtype)
-    return flat(shaped.copy_(values.detach()))

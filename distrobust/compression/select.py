@@ -7,7 +7,8 @@ far more than expected, a precise threshold is calculated from the already-selec
 Difference from the paper: its result may hold more or fewer than k coordinates. Here the sampled threshold only
 narrows the candidates; the k largest of them are then taken exactly, and when the sample promised too few the threshold
 is lowered. Both selectors therefore return the *same* set, and a message's length is known before it is made.
-Ties at the threshold go to the lowest index, so the set is a function of the values alone.
+Ties at the threshold go to the lowest index, so the set is a function of the values alone; on a GPU torch.topk
+decides ties, the same way for the same values on the same kind of device.
 """
 
 from __future__ import annotations

@@ -92,11 +92,9 @@ def make_state(
         masking=chosen.masking,
         clip=chosen.clip,
         fuse_below=chosen.fuse_below,
-        observe=estimator.observe if estimator else None,
+        observer=estimator,
         transport=transport,
     )
-    if estimator is not None:
-        compression.on_commit = estimator.commit
     return TrainState(position, net, ddp, optimizer, compression, estimator)
 
 
