@@ -49,7 +49,6 @@ def _reduce_gradient(settings: Settings, bucket: Tensor, parts: list[Part], scal
             decay = memory.Rule(weight_decay=part.residual.rule.weight_decay)
             decayed = memory.local_gradient(gradient, part.weight, decay, 1)
             mean[part.start : part.end] = memory.velocity(part.residual, decayed)
-            part.residual.next_v.zero_()
         return result
 
     return transport.all_reduce(bucket).then(finish)

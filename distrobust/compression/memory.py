@@ -55,7 +55,8 @@ class Residual:
     def commit(self, settled: bool) -> None:
         """The step written to next_u and next_v happened. Not calling this drops it."""
         self.u, self.next_u = self.next_u, self.u
-        self.v, self.next_v = self.next_v, self.v
+        if not (self.settled and settled):  # from one dense step to the next v is zero and stays so, untouched
+            self.v, self.next_v = self.next_v, self.v
         self.settled = settled
 
     def load(self, u: Tensor, v: Tensor, settled: bool) -> None:

@@ -1,10 +1,12 @@
 """Real processes: torchrun and Ray Train, killed and brought back."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from distrobust.metrics import jsonl
 from distrobust.train.modelfile import read_model_file
@@ -66,6 +69,14 @@ def _wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+def _scraped(run: Path, rank: int, metric: str) -> float:
+    """The sum of a metric over its labels, from the address the worker left for Prometheus."""
+    (target,) = json.loads((run / f"prometheus/rank-{rank}.json").read_text())[0]["targets"]
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return sum(sample.value for family in families for sample in family.samples if sample.name == metric)
+
+
 def _weights(run: Path) -> dict[str, torch.Tensor]:
     return read_model_file(run / "models/fine-tuned.pt")["state"]  # type: ignore[no-any-return]
 
@@ -87,6 +98,8 @@ def test_torchrun_runs_the_same_function_and_a_killed_rank_loses_nothing(job_fil
     run = tmp_path / "run"
     process = _train(job_file, "--launcher", "torchrun")
     _wait_for(lambda: any(r["step"] >= 7 for r in _records(run, "step")))
+    for rank in (0, 1):
+        assert _scraped(run, rank, "distrobust_comm_sent_bytes_total") > 0
     os.kill(_records(run, "run")[-1]["pid"], signal.SIGKILL)
     output = _finish(process)
     assert process.returncode != 0
