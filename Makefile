@@ -9,10 +9,10 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/demo.done ## install, then adversarial fine-tuning on digits through Ray, about two minutes; leaves runs/digits/report.html
-	@rm -rf runs/digits
-	@$(BIN)/distrobust data digits runs/digits-data
-	@$(BIN)/distrobust train launch/digits.yaml
+demo: $(VENV)/demo.done ## install, then adversarial fine-tuning on digits through Ray, about two minutes; leaves runs/demo/report.html
+	@rm -rf runs/demo
+	@$(BIN)/distrobust data digits runs/digits-data > /dev/null
+	@$(BIN)/distrobust train launch/digits.yaml --set run.dir=runs/demo
 
 test: $(VENV)/test.done ## install what the tests need, check style and types, run the tests
 	$(BIN)/ruff check .

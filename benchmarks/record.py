@@ -40,7 +40,7 @@ def write(name: str, question: str, content: dict[str, Any]) -> Path:
             ["python", *(arg if i else f"benchmarks/{Path(arg).name}" for i, arg in enumerate(sys.argv))]
         ),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
+        "commit": COMMIT,
         "versions": {"distrobust": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "hardware": {"processor": _processor(), "cores": os.cpu_count()},
         **content,
@@ -65,3 +65,6 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+COMMIT = _commit()  # at the start of the measurement, which is what was measured

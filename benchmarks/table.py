@@ -21,8 +21,12 @@ NAMES = {
 
 def cifar10(name: str = "cifar10") -> list[str]:
     """The lines of the CIFAR-10 table: dense against compressed, mean over seeds with its 95 % interval."""
-    summary = json.loads((RESULTS / f"{name}.json").read_text())["summary"]
-    lines = ["| CIFAR-10, %, mean of 3 seeds +- 95 % | dense | compressed |", "| --- | --- | --- |"]
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    summary = record["summary"]
+    lines = [
+        f"| CIFAR-10, %, mean of {len(record['seeds'])} seeds +- 95 % | dense | compressed |",
+        "| --- | --- | --- |",
+    ]
     for key, label in NAMES.items():
         dense, compressed = (_percent(summary[variant][key]) for variant in ("dense", "compressed"))
         lines.append(f"| {label} | {dense} | {compressed} |")

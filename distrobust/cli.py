@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import click
 
 from distrobust import __version__
 from distrobust import config as configuration
+from distrobust.config import Config
 from distrobust.errors import ConfigError, DistrobustError
 from distrobust.train.rundir import Outcome, RunDirectory
 
@@ -35,6 +36,8 @@ def main() -> None:
         _fail(str(error))
     except click.ClickException as error:
         _fail(error.format_message())
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -63,28 +66,38 @@ def train(file: Path, overrides: tuple[str, ...], launcher: str | None) -> None:
     config = configuration.absolute(configuration.load(file, arguments))
     directory = RunDirectory(config.run.dir)
     if launch.is_torchrun():
-        if os.environ["RANK"] == "0":
-            directory.open(config)
-        with _console() as console:
-            outcome = launch.run_under_torchrun(config, [console] if os.environ["RANK"] == "0" else [])
+        first = os.environ["RANK"] == "0"
+        with directory.held() if first else contextlib.nullcontext():
+            if first:
+                directory.open(config)
+            with _console() as console:
+                outcome = launch.run_under_torchrun(config, [console] if first else [])
         outcome.raise_if_failed()  # each rank for itself: the others may not have met the error
-        if os.environ["RANK"] != "0":
+        if not first:
             return
-    elif config.cluster.launcher == "torchrun":
-        directory.open(config)
-        with _followed(directory):
-            outcome = launch.spawn_torchrun(config)
-    elif config.cluster.launcher == "local":
-        directory.open(config)
-        with _console() as console:
-            outcome = launch.run_here(config, console)
     else:
-        from distrobust.cluster.ray_train import run_on_ray
-
-        directory.open(config)
-        with _followed(directory):
-            outcome = run_on_ray(config)
+        outcome = _launch(config, directory)
     _finish(directory, outcome)
+
+
+def _launch(config: Config, directory: RunDirectory) -> Outcome:
+    """Starts the workers from this process and waits for them."""
+    from distrobust.train import launch
+
+    launcher = config.cluster.launcher
+    if launcher == "local":
+        launch.check_local(config)
+    with directory.held():
+        directory.open(config)
+        if launcher == "local":
+            with _console() as console:
+                return launch.run_here(config, console)
+        with _followed(directory):
+            if launcher == "torchrun":
+                return launch.spawn_torchrun(config)
+            from distrobust.cluster.ray_train import run_on_ray
+
+            return run_on_ray(config)
 
 
 @commands.command()
@@ -94,11 +107,13 @@ def train(file: Path, overrides: tuple[str, ...], launcher: str | None) -> None:
 )
 @click.option("--eps", default="8/255", show_default=True, help="Budget, inputs in [0, 1].")
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
-@click.option("--steps", default=20, show_default=True, help="PGD steps.")
-@click.option("--images", default=0, show_default=True, help="Images attacked, the first of the file; 0: all.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="PGD steps.")
+@click.option(
+    "--images", default=0, show_default=True, type=click.IntRange(0), help="Images attacked, evenly spaced; 0: all."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--independent", is_flag=True, help="Also attack with foolbox's PGD.")
-@click.option("--threads", default=0, show_default=True, help="torch threads; 0: all cores.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="torch threads; 0: all cores.")
 def evaluate(
     checkpoint: Path,
     data_path: Path,
@@ -156,7 +171,7 @@ def digits(directory: Path) -> None:
     click.echo(str(write_digits(directory)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _console() -> Iterator[Any]:
     from distrobust.metrics.console import Console
 
@@ -167,7 +182,7 @@ def _console() -> Iterator[Any]:
         console.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _followed(directory: RunDirectory) -> Iterator[None]:
     """Shows the records that workers in other processes write, while the block runs."""
     from distrobust.metrics import jsonl
@@ -201,6 +216,6 @@ def _finish(directory: RunDirectory, outcome: Outcome) -> None:
     except ConfigError as error:
         print(f"no report: {error}", file=sys.stderr)
     if outcome.status == "stopped":
-        print(f"stopped at {outcome.text}; a checkpoint was written, start again to continue", file=sys.stderr)
-        return
+        print(f"stopped at {outcome.text}, start again to continue", file=sys.stderr)
+        sys.exit(130)  # as a shell says of a program ended by Ctrl-C: the job is not complete
     print_summary(jsonl.read(directory.metrics), sys.stdout, report_path)

@@ -80,7 +80,7 @@ class DataConfig(Section):
     cache: Literal["auto", "memory", "stream"] = "auto"
     """Decode once and keep, or row group by row group in every epoch; auto: keep what fits into memory_limit_bytes."""
     memory_limit_bytes: Count = 2 * 1024**3
-    """Per rank."""
+    """Of decoded images, per rank and data set (training, held-out, test)."""
     crop: Annotated[int, Field(ge=0)] = 0
     """Augmentation: random crop after padding by this many pixels; 0: none."""
     flip: bool = False
@@ -109,14 +109,19 @@ class ScheduleConfig(Section):
 
 class PhaseConfig(Section):
     epochs: Count = 3
+    """Passes over the training rows; rows that fill no batch differ from epoch to epoch."""
     batch_size: Count = 256
     """Over all workers."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over the phase."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Of SGD; under compression it is momentum correction, in the residual."""
     nesterov: bool = False
+    """Nesterov's form of it."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4
     """Coupled (L2), added to the local gradient before it is accumulated."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Of the cross-entropy."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast in the forward passes, weights and residuals stay fp32."""
     max_skipped_steps: Count = 10
@@ -133,15 +138,17 @@ class AttackConfig(Section):
     name: Literal["fgsm", "n_fgsm", "pgd"] = "n_fgsm"
     """How training examples are made during the `train` phase."""
     norm: Literal["linf", "l2"] = "linf"
+    """Of the ball around an image."""
     eps: Budget = 8 / 255
     """Budget, inputs in [0, 1]; may be written 8/255."""
     steps: Count = 10
     """pgd only."""
     step_size: Annotated[Positive, BeforeValidator(_fraction)] | None = None
-    """null: 2.5 eps / steps."""
+    """null: 2.5 eps / steps for pgd, eps for fgsm and n_fgsm, the paper's for TRADES."""
     ramp: Share = 0.0
     """eps rises linearly from 0 over this share of the phase."""
     loss: Literal["pgd_at", "trades"] = "pgd_at"
+    """pgd_at: cross-entropy on adversarial examples; trades: clean cross-entropy plus beta times a robust term."""
     beta: Positive = 6.0
     """trades only: weight of the robust term."""
 
@@ -180,12 +187,13 @@ class NoiseConfig(Section):
 
 class EvaluateConfig(Section):
     images: Annotated[int, Field(ge=0)] = 0
-    """Test images attacked at the end; 0: all. Clean accuracy always uses all."""
+    """Test images attacked at the end, evenly spaced over the file; 0: all. Clean accuracy always uses all."""
     held_out_images: Annotated[int, Field(ge=0)] = 500
     """Held-out images attacked after each epoch; 0: all."""
     steps: Count = 20
-    """PGD steps at the end; 10 after an epoch. Norm and eps are those of the `attack` section."""
+    """PGD steps at the end; 10 after an epoch. The norm is that of the `attack` section."""
     batch_size: Count = 250
+    """Per rank."""
     eps: Annotated[Budget, Field()] | None = None
     """null: attack.eps."""
 
@@ -203,7 +211,7 @@ class MetricsConfig(Section):
 
 class CheckpointConfig(Section):
     every: Count | None = None
-    """Steps; null: at the end of each epoch."""
+    """Steps, besides the end of each epoch; null: only there."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; never fewer than two, so that one survives a crash during the next."""
 
@@ -231,13 +239,17 @@ class Config(Section):
     def _one_start(self) -> Config:
         if self.pretrain is not None and self.model.weights is not None:
             raise ValueError("pretrain and model.weights exclude each other; set one of them to null")
+        eps = self.evaluate.eps
+        if self.attack is not None and self.attack.norm == "linf" and eps is not None and eps > 1:
+            raise ValueError(f"evaluate.eps {eps:g} is above 1 for inputs in [0, 1]; did you mean {eps:g}/255?")
         return self
 
     def identity(self) -> dict[str, Any]:
         """What a run directory is bound to: everything that changes the parameters a run ends with."""
         values = self.model_dump(mode="json")
         kept = {key: values[key] for key in ("data", "model", "pretrain", "train", "attack", "compress", "noise")}
-        kept["data"].pop("memory_limit_bytes")
+        for harmless in ("cache", "memory_limit_bytes"):  # neither changes the order of the rows
+            kept["data"].pop(harmless)
         return {"seed": self.run.seed, "workers": self.cluster.workers, **kept}
 
 

@@ -8,6 +8,7 @@ are the same under torchrun.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -16,7 +17,8 @@ from typing import Any
 
 from distrobust import config as configuration
 from distrobust.config import Config
-from distrobust.errors import CommError
+from distrobust.errors import CommError, ConfigError
+from distrobust.train.launch import BACKENDS
 from distrobust.train.rundir import Outcome, RunDirectory
 
 
@@ -37,16 +39,21 @@ def run_on_ray(config: Config) -> Outcome:
     private = settings.address is None
     if private:  # it tells every user that the cluster we start and stop ourselves is protected by a token
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    ray.init(
-        address="local" if private else settings.address,
-        num_cpus=settings.workers * settings.threads if private else None,
-        include_dashboard=False if private else None,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-        runtime_env={"env_vars": _environment(config)},
-    )
+    try:
+        ray.init(
+            address="local" if private else settings.address,
+            num_cpus=settings.workers * settings.threads if private else None,
+            include_dashboard=False if private else None,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            runtime_env={"env_vars": _environment(config)},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "a private Ray" if private else f"cluster.address {settings.address}"
+        raise CommError(f"{where}: cannot be used ({' '.join(str(error).split())[:200]})") from None
     directory = RunDirectory(config.run.dir)
     try:
+        _check_resources(config, ray.cluster_resources())
         failure = _fit(config, directory)
     finally:
         ray.shutdown()
@@ -58,6 +65,18 @@ def run_on_ray(config: Config) -> Outcome:
         f"Ray Train gave up after {settings.max_failures} restarts: {reason[:300]}; start again to continue from the "
         "last checkpoint"
     )
+
+
+def _check_resources(config: Config, available: dict[str, float]) -> None:
+    """Raises ConfigError if the cluster can never hold the workers: Ray would wait for the resources for ever."""
+    settings = config.cluster
+    wanted = {"CPU": settings.workers * settings.threads, "GPU": settings.workers if settings.gpu else 0}
+    for resource, amount in wanted.items():
+        if amount > available.get(resource, 0):
+            raise ConfigError(
+                f"cluster: {settings.workers} workers need {amount} {resource}, the Ray cluster has "
+                f"{available.get(resource, 0):g}; lower cluster.workers or cluster.threads, or add nodes"
+            )
 
 
 def _fit(config: Config, directory: RunDirectory) -> BaseException | None:
@@ -96,7 +115,7 @@ def _trainer(config: Config) -> Any:
     return TorchTrainer(
         worker,
         train_loop_config={"config": config.model_dump(mode="json")},
-        torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo", timeout_s=int(settings.timeout_s)),
+        torch_config=TorchConfig(backend=BACKENDS[settings.gpu], timeout_s=math.ceil(settings.timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=settings.workers, use_gpu=settings.gpu, resources_per_worker=resources
         ),
@@ -104,7 +123,10 @@ def _trainer(config: Config) -> Any:
             # a fresh name each time: Ray would continue a run of the same name, and we continue ours
             name=f"{config.run.dir.name}-{int(time.time() * 1000)}",
             storage_path=str(config.run.dir / "ray"),
-            failure_config=FailureConfig(max_failures=settings.max_failures),
+            failure_config=FailureConfig(
+                max_failures=settings.max_failures,
+                controller_failure_limit=settings.max_failures,  # type: ignore[call-arg]  # known to Ray Train V2
+            ),
         ),
     )
 

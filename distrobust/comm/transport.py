@@ -65,6 +65,14 @@ class Transport:
             raise CommError(self.explain(error)) from error
         return rows.view(row.dtype)
 
+    def sum_rows(self, tensor: Tensor) -> Tensor:
+        """Waits for the sum of `tensor` over ranks, in place. Raises CommError."""
+        try:
+            total: Tensor = self.all_reduce(tensor).wait()
+        except RuntimeError as error:
+            raise CommError(self.explain(error)) from error
+        return total
+
     def explain(self, error: Exception) -> str:
         """One line for a collective that failed."""
         return (

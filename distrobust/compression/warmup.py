@@ -1,4 +1,4 @@
-"""Density over the run: dense at first, then the paper's ladder down to the target.
+"""Density over the run: down the paper's ladder to the target.
 
 Deep Gradient Compression (Lin et al., ICLR 2018), section 3.3, warm-up training: sparsity rises exponentially over the
 first epochs. The paper's values are 25, 6.25, 1.5625, 0.4 and 0.1 %; rungs at or below the target are left out.

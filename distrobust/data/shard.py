@@ -128,7 +128,12 @@ class Shard:
         for start in range(0, len(positions), batch):
             chosen = positions[start : start + batch]
             index = torch.from_numpy(chosen)
-            images = torch.from_numpy(stream.fetch(chosen)) if self._images is None else self._images[index]
+            if self._images is None:
+                # through a flat view: numpy leaves strides on dimensions of one that torch takes for channels-last,
+                # and convolutions then round differently than in memory mode
+                images = torch.from_numpy(stream.fetch(chosen)).flatten().view(-1, *self.source.shape)
+            else:
+                images = self._images[index]
             yield images, self._labels[index]
 
     def _decode_all(self) -> Tensor:

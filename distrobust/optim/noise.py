@@ -29,6 +29,7 @@ class TemporalNoise:
         self.noise: dict[str, float] = {}
         self._previous: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}
+        self._divide_by: int | None = None
 
     def observe(self, name: str, gradient: Tensor) -> Tensor:
         """||gradient - previous||^2 as a float32 scalar; NaN when there is no previous gradient (n,)."""
@@ -45,7 +46,14 @@ class TemporalNoise:
         self._current = {}
 
     def update(self, squared_differences: dict[str, float], divide_by: int) -> None:
-        """Takes each parameter's squared difference, averaged over workers, into H; NaN says nothing."""
+        """Takes each parameter's squared difference, averaged over workers, into H; NaN says nothing.
+
+        Nor does the first difference after `divide_by` changed: it is between gradients of two kinds.
+        """
+        switched = self._divide_by not in (None, divide_by)
+        self._divide_by = divide_by
+        if switched:
+            return
         for name, value in squared_differences.items():
             if not math.isfinite(value):
                 continue
@@ -54,9 +62,10 @@ class TemporalNoise:
             self.noise[name] = value if before is None else self.beta2 * before + (1 - self.beta2) * value
 
     def state_dict(self) -> dict[str, Any]:
-        return {"noise": dict(self.noise), "previous": dict(self._previous)}
+        return {"noise": dict(self.noise), "previous": dict(self._previous), "divide_by": self._divide_by}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.noise = dict(state["noise"])
         self._previous = dict(state["previous"])
+        self._divide_by = state["divide_by"]
         self._current = {}

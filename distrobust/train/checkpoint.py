@@ -1,8 +1,8 @@
 """Checkpoints of a run: written by all ranks, visible all at once, verified before use.
 
     checkpoints/1-train-0000392/
-        shared.pt       what is the same on every rank: parameters, optimizer, noise
-        rank-0.pt ...   what is a rank's own: residuals, batch-norm statistics, byte counts
+        shared.pt       what is the same on every rank: parameters, optimizer
+        rank-0.pt ...   what is a rank's own: residuals, batch-norm statistics, noise, byte counts
         manifest.json   phase, step, number of ranks, SHA-256 of every file; written last
 
 Files go into a hidden directory first, which gets its name when every rank has written; a crash at any moment leaves
@@ -54,8 +54,6 @@ def save(
 ) -> str | None:
     """Called by every rank. Returns None, or why the checkpoint could not be written (the same on all ranks)."""
     final = root / position.directory_name
-    if final.exists():
-        return None  # a resumed run is back at a step it has saved before; the contents are the same
     hidden = root / f".{position.directory_name}"
     names = {f"rank-{transport.rank}.pt": own}
     if transport.rank == 0:
@@ -100,6 +98,7 @@ def load(root: Path, transport: Transport) -> tuple[Position, dict[str, Any], di
     none is usable, or if they are of another number of ranks.
     """
     candidates = sorted((p for p in root.glob("[0-9]-*") if p.is_dir()), reverse=True) if root.exists() else []
+    damaged: list[Path] = []
     for directory in candidates:
         content, problem = None, ""
         try:
@@ -108,8 +107,12 @@ def load(root: Path, transport: Transport) -> tuple[Position, dict[str, Any], di
             problem = str(error)
         whole = torch.tensor([content is not None], dtype=torch.uint8)
         if bool(transport.gather_rows(whole).all()):
+            if transport.rank == 0:
+                for unusable in damaged:  # out of the way, so that they do not count among those to keep
+                    unusable.rename(unusable.with_name(f"damaged-{unusable.name}"))
             return content
         _log.error("checkpoint %s is damaged (%s); trying the one before", directory, problem or "on another rank")
+        damaged.append(directory)
     if candidates:
         raise CheckpointError(f"{root}: none of {len(candidates)} checkpoints is whole; delete them to start afresh")
     return None
@@ -142,6 +145,8 @@ def _publish(hidden: Path, final: Path, position: Position, rows: torch.Tensor) 
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    if final.exists():  # a resumed run is back at a step it has saved before
+        os.replace(final, final.with_name(f".{final.name}-old"))
     os.replace(hidden, final)
 
 

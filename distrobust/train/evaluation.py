@@ -15,7 +15,7 @@ from distrobust.adversarial.evaluate import count_correct, foolbox_pgd
 from distrobust.adversarial.threat import Norm, Threat
 from distrobust.errors import ModelError
 from distrobust.train.modelfile import build_model, load_model_file, read_model_file
-from distrobust.train.scoring import first_rows
+from distrobust.train.scoring import spaced_rows
 
 
 def evaluate_file(
@@ -29,7 +29,7 @@ def evaluate_file(
     independent: bool,
     threads: int,
 ) -> Iterator[Score]:
-    """Clean accuracy on all test images, then PGD on the first `images` of them (0: all), then foolbox's if asked.
+    """Clean accuracy on all test images, then PGD on `images` of them (0: all), evenly spaced, then foolbox's if asked.
 
     Raises ModelError if the file does not fit its own description or the data set, DataError, ConfigError.
     """
@@ -48,10 +48,10 @@ def evaluate_file(
     shard = data.Shard(source, 0, 1, seed=0)
     batch_size = 250
 
-    yield score(count_correct(net, first_rows(shard, 0, batch_size), None, None, seed), None, None, seed)
+    yield score(count_correct(net, spaced_rows(shard, 0, batch_size), None, None, seed), None, None, seed)
     attack, threat = Attack("pgd", steps=steps), Threat(norm, eps)
-    counts = count_correct(net, first_rows(shard, images, batch_size), attack, threat, seed, indices=itertools.count())
+    counts = count_correct(net, spaced_rows(shard, images, batch_size), attack, threat, seed, indices=itertools.count())
     yield score(counts, attack, threat, seed)
     if independent:
-        counts = foolbox_pgd(net, first_rows(shard, images, batch_size), eps, steps, norm=norm, seed=seed)
+        counts = foolbox_pgd(net, spaced_rows(shard, images, batch_size), eps, steps, norm=norm, seed=seed)
         yield score(counts, attack, threat, seed, library="foolbox")

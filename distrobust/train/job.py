@@ -8,12 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from distrobust.adversarial.threat import Threat
 from distrobust.comm.transport import Transport
 from distrobust.config import Config, PhaseConfig
 from distrobust.data import Shard, Source
-from distrobust.errors import CommError, DistrobustError
+from distrobust.errors import CommError, ConfigError, DataError, DistrobustError
 from distrobust.metrics import Fanout, Sink, jsonl
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
@@ -38,11 +36,11 @@ from distrobust.train.modelfile import build_model, load_model_file, save_model_
 from distrobust.train.rundir import Outcome, RunDirectory
 from distrobust.train.state import TrainState, make_state
 from distrobust.train.step import Recipe
+from distrobust.train.stopping import stop_requests
 
 _log = logging.getLogger(__name__)
 
 PHASES = ("pretrain", "train")
-SECOND_SIGNAL_S = 2.0
 MODEL_NAMES = {"pretrain": "pre-trained", "train": "fine-tuned"}
 
 
@@ -64,11 +62,11 @@ def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcom
         lines = [JsonLines(directory.metrics)] if dist.get_rank() == 0 else []
         sinks = Fanout(*lines, *([exporter] if exporter else []), *extra_sinks)
         notices = [exporter.notice] if exporter and exporter.notice else []
-        with _stop_requests(directory) as stop_requested:
+        with stop_requests(directory) as stop_requested:
             outcome = _Job(config, device, directory, sinks, stop_requested, starts, notices).run()
     except CommError:
         raise
-    except DistrobustError as error:
+    except (DistrobustError, OSError) as error:
         outcome = Outcome("failed", type(error).__name__, str(error))
         directory.write_outcome(outcome)  # by whichever rank met it: the others may still wait for it
         return outcome
@@ -97,6 +95,7 @@ class _Job:
         train = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, train_rows))
         held_out = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, held_out_rows))
         net = self._on_all_ranks(lambda: self._build(source))
+        phases = [self._phase(name, train, held_out) for name in PHASES]
         restored = checkpoint.load(self.directory.checkpoints, Transport())
         self._emit(
             {
@@ -117,11 +116,9 @@ class _Job:
         )
         for text in self.notices:
             self._emit({"event": "notice", "text": text})
-        for ordinal, name in enumerate(PHASES):
-            settings: PhaseConfig | None = getattr(self.config, name)
-            if settings is None or (restored is not None and restored[0].ordinal > ordinal):
+        for ordinal, (name, phase) in enumerate(zip(PHASES, phases, strict=True)):
+            if phase is None or (restored is not None and restored[0].ordinal > ordinal):
                 continue
-            phase = self._phase(name, settings, train, held_out)
             state = self._state(net, Position(ordinal, name, 0), phase)
             if restored is not None and restored[0].ordinal == ordinal:
                 state.load(*restored[1:])
@@ -132,11 +129,14 @@ class _Job:
                     "phase": name,
                     "num_steps": phase.recipe.num_steps,
                     "steps_per_epoch": phase.steps_per_epoch,
-                    "num_epochs": settings.epochs,
+                    "num_epochs": phase.settings.epochs,
                 }
             )
-            if not loop.run_phase(state, phase):
-                return Outcome("stopped", text=f"{name}, step {state.position.step} of {phase.recipe.num_steps}")
+            ended = loop.run_phase(state, phase)
+            if ended is not loop.End.COMPLETE:
+                place = f"{name}, step {state.position.step} of {phase.recipe.num_steps}"
+                saved = "a checkpoint was" if ended is loop.End.SAVED else "no checkpoint could be"
+                return Outcome("stopped", text=f"{place}; {saved} written")
             self._export(net, name, source)
         self._evaluate(test, source, rank, num_ranks)
         self._emit({"event": "done", "seconds": time.perf_counter() - started})
@@ -175,10 +175,17 @@ class _Job:
             scoring.to_memory_format(net, torch.channels_last)
         return net.to(self.device)
 
-    def _phase(self, name: str, settings: PhaseConfig, train: Shard, held_out: Shard) -> loop.Phase:
+    def _phase(self, name: str, train: Shard, held_out: Shard) -> loop.Phase | None:
+        """None for a phase that is not configured; raises ConfigError for one that cannot be run on this data."""
         config, tuning = self.config, name == "train"
+        settings: PhaseConfig | None = getattr(config, name)
+        if settings is None:
+            return None
         schedule = Schedule(**settings.schedule.model_dump())
-        num_steps = settings.epochs * train.num_steps(settings.batch_size)
+        try:
+            num_steps = settings.epochs * train.num_steps(settings.batch_size)
+        except ConfigError as error:
+            raise ConfigError(f"{name}.batch_size: {error}") from None
         recipe = Recipe(
             phase=settings,
             attack=config.attack if tuning else None,
@@ -227,7 +234,7 @@ class _Job:
             if path is None:
                 continue
             net = build_model(self.config.model.name, source, self.config.run.seed).to(self.device)
-            load_model_file(net, path)
+            self._on_all_ranks(partial(load_model_file, net, path))
             net.eval()
             for chosen, threat, limit in attacks:
                 result = scoring.distributed_score(
@@ -256,17 +263,26 @@ class _Job:
                 )
 
     def _emit(self, record: dict[str, Any]) -> None:
-        self.sinks.write({"event": record["event"], "time": time.time(), **record})
+        try:
+            self.sinks.write({"event": record["event"], "time": time.time(), **record})
+        except OSError as error:  # a full disk: numbers are lost, the run is not
+            _log.error("a record was not written: %s", error)
 
     def _on_all_ranks(self, work: Callable[[], Any]) -> Any:
         """Does `work` on every rank; an error on one becomes the same error on all, instead of a wait for a timeout."""
-        result, mine = None, None
+        result: Any = None
+        mine: DistrobustError | None = None
         try:
             result = work()
         except DistrobustError as error:
             mine = error
+        except OSError as error:
+            mine = DataError(f"rank {dist.get_rank()}: {error.filename or 'a file'}: {error.strerror}")
         everyone: list[DistrobustError | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+        try:
+            dist.all_gather_object(everyone, mine)
+        except RuntimeError as error:
+            raise CommError(Transport().explain(error)) from error
         first = next((error for error in everyone if error is not None), None)
         if first is not None:
             raise first
@@ -292,26 +308,3 @@ def _exporter(config: Config, directory: RunDirectory) -> Exporter | None:
         file_sd=directory.targets,
         linger_s=config.metrics.linger_s,
     )
-
-
-@contextmanager
-def _stop_requests(directory: RunDirectory) -> Iterator[Callable[[], bool]]:
-    """Whether to leave: the run directory's stop file, or SIGINT or SIGTERM to this process. A later second kills."""
-    asked: list[float] = []
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, _frame: object) -> None:
-        # a terminal and torchrun both send the first one; a person's second thought comes later
-        if asked and time.monotonic() - asked[0] > SECOND_SIGNAL_S:
-            signal.signal(number, previous[number] or signal.SIG_DFL)
-            signal.raise_signal(number)
-        asked.append(time.monotonic())
-
-    if threading.current_thread() is threading.main_thread():
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            previous[wanted] = signal.signal(wanted, handle)
-    try:
-        yield lambda: bool(asked) or directory.stop.exists()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

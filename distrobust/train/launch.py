@@ -22,19 +22,27 @@ from distrobust.metrics import Sink
 from distrobust.train import job
 from distrobust.train.rundir import Outcome, RunDirectory
 
+# with GPUs too, small rows of numbers travel from the CPU
+BACKENDS = {False: "gloo", True: "cpu:gloo,cuda:nccl"}
+
 
 def is_torchrun() -> bool:
     """Whether torchrun, or anything that sets its variables, started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
-def run_here(config: Config, console: Sink) -> Outcome:
-    """One rank, in this process."""
+def check_local(config: Config) -> None:
+    """Raises ConfigError unless the job is of one rank."""
     if config.cluster.workers != 1:
         raise ConfigError(
             f"cluster.workers: got {config.cluster.workers}, wanted 1 with cluster.launcher=local; "
             "use launcher ray or torchrun for more"
         )
+
+
+def run_here(config: Config, console: Sink) -> Outcome:
+    """One rank, in this process."""
+    check_local(config)
     with tempfile.TemporaryDirectory() as directory:
         store = dist.FileStore(  # type: ignore[attr-defined]
             str(Path(directory) / "store"), 1
@@ -83,6 +91,8 @@ def spawn_torchrun(config: Config) -> Outcome:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             reason = f"rank {rank} ended with exit code {failure.exitcode}"
+            if isinstance(failure.message, str) and failure.exitcode > 0:
+                reason += f" ({failure.message.strip().splitlines()[-1][:200]})"
     outcome = RunDirectory(config.run.dir).outcome()
     if outcome is None:
         raise CommError(f"torchrun: {reason}; start again to continue from the last checkpoint")
@@ -104,7 +114,7 @@ def _process_group(config: Config, **options: object) -> Iterator[torch.device]:
     if settings.gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    backend = "nccl" if settings.gpu else "gloo"
+    backend = BACKENDS[settings.gpu]
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout_s), **options)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -57,8 +58,16 @@ class Phase:
         return self.train.num_steps(self.settings.batch_size)
 
 
-def run_phase(state: TrainState, phase: Phase) -> bool:
-    """Runs `state` to the end of its phase; False if a stop request ended it early (a checkpoint was made).
+class End(Enum):
+    """How a phase ended: COMPLETE, or stopped on request with a checkpoint SAVED, or UNSAVED because writing failed."""
+
+    COMPLETE = auto()
+    SAVED = auto()
+    UNSAVED = auto()
+
+
+def run_phase(state: TrainState, phase: Phase) -> End:
+    """Runs `state` to the end of its phase, or to a stop request.
 
     Every rank makes the same decisions at the same steps. Raises DivergedError when ranks' parameters differ, or after
     too many skipped steps in a row.
@@ -75,22 +84,22 @@ def run_phase(state: TrainState, phase: Phase) -> bool:
             window.results.append(result)
             _check_skipped(state, phase)
             step = state.position.step
-            at_epoch_end = step % per_epoch == 0
+            at_epoch_end, stop = step % per_epoch == 0, False
             if step % phase.config.metrics.every == 0 or at_epoch_end:
                 stop = _heartbeat(state, phase, window)
                 window = _Window(hook_s=state.compression.seconds)
-                if at_epoch_end:
-                    _score_epoch(state, phase)
-                every = phase.config.checkpoint.every or per_epoch
-                if stop or step % every == 0 or at_epoch_end:
-                    save(state, phase)
-                if stop and step < total:
-                    return False
-    return True
+            if at_epoch_end:
+                _score_epoch(state, phase)
+            saved = True
+            if stop or at_epoch_end or step % (phase.config.checkpoint.every or per_epoch) == 0:
+                saved = save(state, phase)
+            if stop and step < total:
+                return End.SAVED if saved else End.UNSAVED
+    return End.COMPLETE
 
 
-def save(state: TrainState, phase: Phase) -> None:
-    """A checkpoint at the state's position; a failure is reported and training goes on."""
+def save(state: TrainState, phase: Phase) -> bool:
+    """A checkpoint at the state's position. A failure is reported, returns False, and training goes on."""
     started = time.perf_counter()
     problem = checkpoint.save(
         phase.directory.checkpoints,
@@ -103,7 +112,7 @@ def save(state: TrainState, phase: Phase) -> None:
     if problem:
         phase.emit({"event": "notice", "text": problem})
         _log.error(problem)
-        return
+        return False
     phase.emit(
         {
             "event": "checkpoint",
@@ -113,6 +122,7 @@ def save(state: TrainState, phase: Phase) -> None:
             "bytes": checkpoint.size_bytes(phase.directory.checkpoints, state.position),
         }
     )
+    return True
 
 
 def parameter_digest(state: TrainState) -> Tensor:

@@ -44,7 +44,8 @@ def read_model_file(path: Path) -> dict[str, Any]:
     """model, classes, shape and state; unpickles tensors and plain values only."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not {"model", "classes", "shape", "state"} <= set(content):
+        kinds = {"model": str, "classes": list, "shape": list, "state": dict}
+        if not isinstance(content, dict) or not all(isinstance(content.get(k), kinds[k]) for k in kinds):
             raise ValueError("not written by distrobust")
         return content
     except FileNotFoundError:

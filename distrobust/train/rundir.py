@@ -6,6 +6,7 @@
     models/          pre-trained.pt, fine-tuned.pt: weights to evaluate or to start from
     prometheus/      one file_sd target list per rank
     report.html
+    lock             held by the start that is running
     stop             its presence asks the workers to checkpoint and leave
     outcome.json     how the last start ended
 
@@ -14,8 +15,11 @@ It must be on storage that all workers share.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +57,9 @@ class RunDirectory:
         self._outcome = path / "outcome.json"
 
     def open(self, config: Config) -> None:
-        """Creates it, or continues it; raises ConfigError if it belongs to another configuration."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run.dir {self.path}: cannot be created ({error.strerror}); set run.dir") from None
-        if self.config.exists():
+        """Creates it, or continues what it has checkpoints of; ConfigError if those are another configuration's."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.config.exists() and (self.checkpoints.exists() or self.models.exists()):
             theirs = configuration.load(self.config).identity()
             difference = configuration.first_difference(config.identity(), theirs)
             if difference:
@@ -69,6 +70,22 @@ class RunDirectory:
         write_atomically(self.config, configuration.dump(config))
         self.stop.unlink(missing_ok=True)
         self._outcome.unlink(missing_ok=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps every other start out while the block runs; raises ConfigError if one is at work already."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.dir {self.path}: cannot be created ({error.strerror}); set run.dir") from None
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"run.dir {self.path} is in use by another start; wait for it, or set run.dir"
+                ) from None
+            yield
 
     def write_outcome(self, outcome: Outcome) -> None:
         write_atomically(self._outcome, json.dumps(asdict(outcome)))

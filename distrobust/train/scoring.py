@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ def averaged(net: nn.Module, transport: Transport) -> nn.Module:
     buffers = [buffer for buffer in result.buffers() if buffer.is_floating_point()]
     if buffers and transport.num_ranks > 1:
         joined = torch.cat([buffer.reshape(-1).float() for buffer in buffers])
-        mean = transport.all_reduce(joined).wait() / transport.num_ranks
+        mean = transport.sum_rows(joined) / transport.num_ranks
         for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))
     result.eval()
@@ -53,24 +54,31 @@ def distributed_score(
     seed: int,
     transport: Transport,
 ) -> Score:
-    """Score over the first `limit` rows of all ranks' shards (0: all), the same rows whatever the number of ranks."""
+    """Score over `limit` rows (0: all) of all ranks' shards, the same rows whatever the number of ranks."""
     indices = itertools.count(transport.rank, transport.num_ranks)
-    counts = count_correct(net, first_rows(shard, limit, batch_size), attack, threat, seed, indices=indices)
+    counts = count_correct(net, spaced_rows(shard, limit, batch_size), attack, threat, seed, indices=indices)
     num_classes = shard.source.num_classes
     device = next(net.parameters()).device
-    # float32 on the way: counts are exact up to 2^24 images
-    rows = transport.gather_rows(counts.pack(num_classes).to(device, torch.float32))
-    return score(Counts.unpack(rows.double().sum(dim=0).cpu()), attack, threat, seed)
+    rows = transport.gather_rows(counts.pack(num_classes).to(device))
+    return score(Counts.unpack(rows.sum(dim=0).cpu()), attack, threat, seed)
 
 
-def first_rows(shard: Shard, limit: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the `limit` lowest rows, in order."""
-    left = len(shard.rows)
-    if 0 < limit < shard.total_rows:
-        bound = shard.selected[limit - 1]
-        left = int((shard.rows <= bound).sum())
+def spaced_rows(shard: Shard, limit: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of `limit` rows spread evenly over all ranks' rows (0: all), in order.
+
+    Evenly, so that every rank has as many, and a file sorted by class gives as many of each.
+    """
+    if not 0 < limit < shard.total_rows:
+        yield from shard.in_order(batch_size)
+        return
+    chosen = shard.selected[np.linspace(0, shard.total_rows - 1, limit).round().astype(np.int64)]
+    wanted = torch.from_numpy(np.isin(shard.rows, chosen))
+    start = 0
+    kept: list[tuple[Tensor, Tensor]] = []
     for images, labels in shard.in_order(batch_size):
-        if left <= 0:
-            return
-        yield images[:left], labels[:left]
-        left -= len(labels)
+        mask = wanted[start : start + len(labels)]
+        start += len(labels)
+        kept.append((images[mask], labels[mask]))
+        if sum(len(part) for _, part in kept) >= batch_size or start == len(wanted):
+            yield torch.cat([part for part, _ in kept]), torch.cat([part for _, part in kept])
+            kept = []

@@ -116,13 +116,22 @@ def test_torchrun_runs_the_same_function_and_a_killed_rank_loses_nothing(job_fil
 @pytest.mark.parametrize(("launcher", "workers"), [("local", 1), ("torchrun", 2)])
 def test_ctrl_c_checkpoints_and_leaves(job_file: Path, tmp_path: Path, launcher: str, workers: int) -> None:
     run = tmp_path / "run"
-    options = ("--launcher", launcher, "--set", f"cluster.workers={workers}", "--set", "checkpoint.every=1000")
+    options = (
+        "--launcher",
+        launcher,
+        "--set",
+        f"cluster.workers={workers}",
+        "--set",
+        "checkpoint.every=1000",
+        "--set",
+        "train.epochs=12",
+    )
     process = _train(job_file, *options)
     _wait_for(lambda: any(r["step"] >= 3 for r in _records(run, "step")))
     process.send_signal(signal.SIGINT)
     output = _finish(process)
     assert "a checkpoint was written, start again to continue" in output
-    assert process.returncode == 0
+    assert process.returncode == 130
     assert len(list((run / "checkpoints").glob("1-train-*"))) >= 1
     process = _train(job_file, *options)
     output = _finish(process)
@@ -160,8 +169,17 @@ def test_ctrl_c_through_ray_checkpoints_and_leaves(job_file: Path, tmp_path: Pat
     process.send_signal(signal.SIGINT)
     output = _finish(process)
     assert "a checkpoint was written, start again to continue" in output
-    assert process.returncode == 0
+    assert process.returncode == 130
     assert list((run / "checkpoints").glob("1-train-*"))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_resources_a_cluster_can_never_give_are_refused(job_file: Path) -> None:
+    process = _train(job_file, "--set", "cluster.gpu=true")
+    output = _finish(process)
+    assert process.returncode == 2
+    assert "2 workers need 2 GPU, the Ray cluster has 0" in output
 
 
 @pytest.mark.ray
@@ -170,5 +188,5 @@ def test_a_users_mistake_found_by_a_ray_worker_is_one_line_and_exit_code_2(job_f
     process = _train(job_file, "--set", "train.batch_size=33")
     output = _finish(process)
     assert process.returncode == 2
-    assert output.strip().splitlines()[-1].startswith("distrobust: global batch size is 33, wanted")
+    assert output.strip().splitlines()[-1].startswith("distrobust: train.batch_size: global batch size is 33, wanted")
     assert "Traceback" not in output

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from distrobust import data
+from distrobust.comm.transport import Transport
 from distrobust.config import Config
 from distrobust.errors import CheckpointError, ConfigError, DataError, DivergedError, ModelError
 from distrobust.metrics import jsonl
-from distrobust.train import job, launch, loop
+from distrobust.train import checkpoint, launch, loop, scoring
 from distrobust.train.modelfile import read_model_file
 from distrobust.train.rundir import Outcome, RunDirectory
 from distrobust.train.state import TrainState
@@ -126,7 +128,7 @@ def test_a_stop_request_writes_a_checkpoint_and_the_next_start_continues(
 
     monkeypatch.setattr(loop, "train_step", stopping)
     outcome = _run(config)
-    assert (outcome.status, outcome.text) == ("stopped", "train, step 2 of 8")
+    assert (outcome.status, outcome.text) == ("stopped", "train, step 2 of 8; a checkpoint was written")
     monkeypatch.undo()
     assert _run(config).status == "done"
     _assert_equal(_weights(config), _weights(whole))
@@ -165,6 +167,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     newest.write_bytes(content)
     _run(config)
     assert [r["resumed_step"] for r in _records(config, "run")] == [0, 2]
+    assert (config.run.dir / "checkpoints/damaged-1-train-0000004").exists()
+    assert (config.run.dir / "checkpoints/1-train-0000006").exists()
     _assert_equal(_weights(config), _weights(whole))
 
 
@@ -184,6 +188,7 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(
 def test_a_run_directory_of_another_configuration_is_refused(make_config: MakeConfig) -> None:
     config = make_config()
     RunDirectory(config.run.dir).open(config)
+    RunDirectory(config.run.dir).checkpoints.mkdir()
     changed = make_config("compress.density=0.1")
     with pytest.raises(
         ConfigError, match=r"belongs to another configuration \(compress.density: 0.1 here, 0.05 there\)"
@@ -247,8 +252,7 @@ def test_noise_changes_the_step_sizes(make_config: MakeConfig) -> None:
     assert not torch.equal(_weights(on)["head.weight"], _weights(off)["head.weight"])
 
 
-def test_compressed_fine_tuning_sends_fewer_bytes_than_dense(make_config: MakeConfig) -> None:
-    """With one rank nothing is sent at all; two ranks are in tests/cluster. Here: the counters count."""
+def test_one_rank_sends_nothing(make_config: MakeConfig) -> None:
     config = make_config()
     _run(config)
     assert _records(config, "step")[-1]["sent_bytes"] == 0
@@ -289,8 +293,75 @@ def test_missing_data_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
 
 
 def test_a_batch_larger_than_the_data_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match="global batch size is 512"):
-        _run(make_config("train.batch_size=512"))
+    config = make_config("train.batch_size=512")
+    with pytest.raises(ConfigError, match=r"train\.batch_size: global batch size is 512"):
+        _run(config)
+    assert not _records(config, "step")  # found before pre-training, not after it
+
+
+def test_a_first_start_that_failed_binds_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        _run(make_config(f"data.path={tmp_path / 'nowhere'}"))
+    assert _run(make_config()).status == "done"
+
+
+def test_two_starts_on_one_run_directory_are_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    other = pytest.raises(ConfigError, match="is in use by another start")
+    with RunDirectory(config.run.dir).held(), other, RunDirectory(config.run.dir).held():
+        pass
+    with RunDirectory(config.run.dir).held():  # and free again
+        pass
+
+
+def test_checkpoints_come_when_asked_for_and_not_only_with_records(make_config: MakeConfig) -> None:
+    config = make_config("checkpoint.every=3", "metrics.every=2", "checkpoint.keep=9", "pretrain=null")
+    _run(config)
+    written = [record["step"] for record in _records(config, "checkpoint")]
+    assert written == [3, 4, 6, 8]  # every third, and the ends of both epochs
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_training_goes_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    config = make_config()
+    assert _run(config).status == "done"
+    notices = [record["text"] for record in _records(config, "notice")]
+    assert notices
+    assert all("not written by rank [0]: No space left on device" in text for text in notices)
+
+
+def test_ranks_that_differ_end_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = Transport.gather_rows
+
+    def with_a_stranger(transport: Transport, row: Tensor) -> Tensor:
+        rows = gather(transport, row)
+        if row.dtype != torch.int64:
+            return rows
+        other = rows.clone()
+        other[0, 4] ^= 1
+        return torch.cat([rows, other])
+
+    monkeypatch.setattr(Transport, "gather_rows", with_a_stranger)
+    with pytest.raises(DivergedError, match=r"pretrain, step 2: parameters of ranks \[1\] differ from rank 0"):
+        _run(make_config())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_limited_evaluation_takes_the_same_rows_whatever_the_number_of_ranks(stripes: Path, num_ranks: int) -> None:
+    source = data.describe(stripes, "train")
+    shards = [data.Shard(source, rank, num_ranks, seed=0) for rank in range(num_ranks)]
+    parts = [list(scoring.spaced_rows(shard, 37, 8)) for shard in shards]
+    images = torch.cat([images for part in parts for images, _ in part])
+    everything = torch.cat([x for x, _ in data.Shard(source, 0, 1, seed=0).in_order(50)])
+    expected = everything[torch.linspace(0, len(everything) - 1, 37).round().long()]
+    assert sorted(images.flatten(1).tolist()) == sorted(expected.flatten(1).tolist())
+    sizes = [sum(len(labels) for _, labels in part) for part in parts]
+    assert max(sizes) - min(sizes) <= 2
 
 
 def test_an_error_a_restart_cannot_mend_is_not_tried_again(make_config: MakeConfig) -> None:
@@ -333,4 +404,3 @@ def test_the_outcome_is_on_disk(make_config: MakeConfig) -> None:
     config = make_config()
     _run(config)
     assert json.loads((config.run.dir / "outcome.json").read_text())["status"] == "done"
-    assert job.MODEL_NAMES["train"] == "fine-tuned"
