@@ -36,9 +36,7 @@ def write(name: str, question: str, content: dict[str, Any]) -> Path:
 
     record = {
         "question": question,
-        "command": " ".join(
-            ["python", *(arg if i else f"benchmarks/{Path(arg).name}" for i, arg in enumerate(sys.argv))]
-        ),
+        "command": " ".join(["python", *(_without_folders(i, arg) for i, arg in enumerate(sys.argv))]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": COMMIT,
         "versions": {"distrobust": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -49,6 +47,12 @@ def write(name: str, question: str, content: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def _without_folders(position: int, argument: str) -> str:
+    """A record should not say where things lie on the machine that made it."""
+    name = Path(argument).name if Path(argument).is_absolute() or position == 0 else argument
+    return name if position else f"benchmarks/{name}"
 
 
 def _commit() -> str:
