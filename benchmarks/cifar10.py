@@ -4,7 +4,8 @@
 
 For every seed: launch/cifar10.yaml with dense fine-tuning, then the same fine-tuning, from the same natural model,
 with the file's compression. Two workers through torchrun. Clean accuracy on all test images, our PGD-20 on 2,000 and
-foolbox's on 1,000 of them, evenly spaced (in the record of 2026-11-21: the first ones). Finished runs in the work directory are continued, not repeated.
+foolbox's on 1,000 of them, evenly spaced (in the record of 2026-11-21: the first ones). Finished runs in the work
+directory are continued, not repeated.
 """
 
 from __future__ import annotations
