@@ -156,7 +156,7 @@ def _plots(phases: Sequence[Phase]) -> list[dict[str, Any]]:
         },
         {
             "title": "Step time",
-            "caption": "Wall time of a step, and of its attack and its communication hook.",
+            "caption": "Wall time of a step, of its attack and of its communication hook (waiting excluded).",
             "series": [
                 Series("whole step", GREY, _get("step_s", 1e3)),
                 Series("attack", ROBUST, _get("attack_s", 1e3)),

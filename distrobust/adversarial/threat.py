@@ -13,7 +13,6 @@ in batch order.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
@@ -49,10 +48,6 @@ class Threat:
                 f"threat.eps: {self.eps} for linf, but images are in [0, 1]; if you mean {self.eps:g} of 255 "
                 f"grey levels, write {self.eps:g}/255 = {self.eps / 255:.5f}"
             )
-
-    def scaled(self, share: float) -> Threat:
-        """The ball of radius share * eps: the eps ramp."""
-        return dataclasses.replace(self, eps=share * self.eps)
 
     def describe(self) -> str:
         """'Linf 8/255', 'L2 0.5': in grey levels where that is a whole number and the decimal is not short."""

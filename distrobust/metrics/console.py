@@ -50,11 +50,6 @@ class Console:
             if text:
                 self._say(text)
 
-    def summary(self, records: Iterable[Mapping[str, Any]], report: Path | None = None) -> None:
-        """Ends the progress bars and prints the before / after table, see `print_summary`."""
-        self.close()
-        print_summary(records, self._stream, report)
-
     def close(self) -> None:
         """Leaves the bars as they stand and gives the terminal back."""
         if self._bars is not None:

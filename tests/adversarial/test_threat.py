@@ -138,6 +138,6 @@ def test_l2_radius_may_be_above_one() -> None:
 
 def test_description_is_in_grey_levels_where_whole() -> None:
     assert Threat("linf", 8 / 255).describe() == "Linf 8/255"
-    assert Threat("linf", 8 / 255).scaled(0.5).describe() == "Linf 4/255"
+    assert Threat("linf", 4 / 255).describe() == "Linf 4/255"
     assert Threat("linf", 0.2).describe() == "Linf 0.2"
     assert Threat("l2", 128 / 255).describe() == "L2 0.502"
