@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -33,10 +34,12 @@ def run_on_ray(config: Config) -> Outcome:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    import ray
-
     settings = config.cluster
     private = settings.address is None
+    if settings.address is not None:
+        _check_address(settings.address)
+    import ray
+
     if private:  # it tells every user that the cluster we start and stop ourselves is protected by a token
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
@@ -65,6 +68,20 @@ def run_on_ray(config: Config) -> Outcome:
         f"Ray Train gave up after {settings.max_failures} restarts: {reason[:300]}; start again to continue from the "
         "last checkpoint"
     )
+
+
+def _check_address(address: str) -> None:
+    """Raises ConfigError if nobody listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # "auto", or a name that only Ray understands
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"cluster.address: got {address}, where no Ray head answers ({error}); start one there, or set it to null "
+            "for a private Ray on this machine"
+        ) from None
 
 
 def _check_resources(config: Config, available: dict[str, float]) -> None:

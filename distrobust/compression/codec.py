@@ -104,7 +104,7 @@ def _decode_indices(payload: Tensor, n: int, k: int) -> Tensor:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """(8 m,) of 0 and 1 -> (m,) uint8, least significant bit first."""
-    if bits.device.type == "cpu":  # numpy packs 20 times faster than the sum of shifted columns
+    if bits.device.type == "cpu":  # torch has no packbits
         return torch.from_numpy(np.packbits(bits.numpy(), bitorder="little"))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
     return (bits.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)

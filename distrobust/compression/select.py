@@ -75,7 +75,7 @@ def _exact(magnitude: _Floats, k: int) -> _Indices:
     n = len(magnitude)
     if k == n:
         return np.arange(n)
-    # partition finds the value three times faster than argpartition finds the places
+    # the value by partition and the places by comparison, so that ties are ours to decide
     threshold = np.partition(magnitude, n - k)[n - k]
     chosen = np.flatnonzero(magnitude >= threshold)
     surplus = len(chosen) - k

@@ -11,8 +11,7 @@ u in [0, 1] is the share of the run that is done (step / total), p the warm-up s
 
 `slow_start_fast_decay` follows the words of Jeddi, Shafiee, Wong 2020 (arXiv 2012.13628): a slow start,
 then a fast decay. That paper prints no readable formula and has no code, so this parametrisation is ours.
-In our three-epoch measurements the linear fall was 2 to 3 points more robust than the exponential one,
-hence `one_cycle` as the default. `ramp` is the epsilon scheduling of arXiv 2509.23325 in its simplest
+The default is `one_cycle`. `ramp` is the epsilon scheduling of arXiv 2509.23325 in its simplest
 form.
 """
 

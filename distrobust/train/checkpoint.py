@@ -11,6 +11,7 @@ the previous checkpoint as it was. Loading unpickles tensors and plain values on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -108,14 +109,22 @@ def load(root: Path, transport: Transport) -> tuple[Position, dict[str, Any], di
         whole = torch.tensor([content is not None], dtype=torch.uint8)
         if bool(transport.gather_rows(whole).all()):
             if transport.rank == 0:
-                for unusable in damaged:  # out of the way, so that they do not count among those to keep
-                    unusable.rename(unusable.with_name(f"damaged-{unusable.name}"))
+                for unusable in damaged:
+                    _put_aside(unusable)
             return content
         _log.error("checkpoint %s is damaged (%s); trying the one before", directory, problem or "on another rank")
         damaged.append(directory)
     if candidates:
         raise CheckpointError(f"{root}: none of {len(candidates)} checkpoints is whole; delete them to start afresh")
     return None
+
+
+def _put_aside(damaged: Path) -> None:
+    """Out of the way, so that it does not count among those to keep; what cannot be moved will be replaced."""
+    place = damaged.with_name(f"damaged-{damaged.name}")
+    shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        damaged.rename(place)
 
 
 def _write(path: Path, content: dict[str, Any]) -> bytes:

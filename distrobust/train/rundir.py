@@ -52,7 +52,6 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.models = path / "models"
         self.targets = path / "prometheus"
-        self.report = path / "report.html"
         self.stop = path / "stop"
         self._outcome = path / "outcome.json"
 

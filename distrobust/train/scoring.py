@@ -79,6 +79,7 @@ def spaced_rows(shard: Shard, limit: int, batch_size: int) -> Iterator[tuple[Ten
         mask = wanted[start : start + len(labels)]
         start += len(labels)
         kept.append((images[mask], labels[mask]))
-        if sum(len(part) for _, part in kept) >= batch_size or start == len(wanted):
+        num_kept = sum(len(part) for _, part in kept)
+        if num_kept >= batch_size or (num_kept and start == len(wanted)):
             yield torch.cat([part for part, _ in kept]), torch.cat([part for _, part in kept])
             kept = []

@@ -84,12 +84,12 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         state.compression.raise_cause()
         raise
 
-    ratios = _set_rates(state, recipe, step)
+    rate = recipe.schedule.at(step / recipe.num_steps)
+    ratios = _set_rates(state, recipe, rate)
     if state.compression.skipped:
         torch._foreach_copy_(list(state.net.buffers()), kept)
     state.optimizer.step()
     correct = (output.logits.argmax(1) == labels).sum()
-    rate = recipe.schedule.at(step / recipe.num_steps)
     finished = time.perf_counter()
     return StepResult(
         output.loss.detach(),
@@ -114,9 +114,8 @@ def _loss(recipe: Recipe, step: int) -> partial[losses.LossOutput]:
     return partial(losses.pgd_at, attack=attack, threat=threat, label_smoothing=smoothing)
 
 
-def _set_rates(state: TrainState, recipe: Recipe, step: int) -> dict[str, float]:
-    """This step's learning rate, per layer where noise is measured; returns each parameter's ratio to the base."""
-    base = recipe.schedule.at(step / recipe.num_steps)
+def _set_rates(state: TrainState, recipe: Recipe, base: float) -> dict[str, float]:
+    """Sets the rate, per layer where noise is measured; returns each parameter's ratio to `base`."""
     ratios: dict[str, float] = {}
     compression = state.compression
     if state.noise is not None and recipe.noise is not None:

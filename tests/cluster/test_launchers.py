@@ -173,6 +173,16 @@ def test_ctrl_c_through_ray_checkpoints_and_leaves(job_file: Path, tmp_path: Pat
     assert list((run / "checkpoints").glob("1-train-*"))
 
 
+@pytest.mark.procs
+@pytest.mark.timeout(300)
+def test_an_address_without_a_ray_head_is_refused_at_once(job_file: Path) -> None:
+    process = _train(job_file, "--set", "cluster.address=127.0.0.1:1")
+    output = _finish(process)
+    assert process.returncode == 2
+    assert output.startswith("distrobust: cluster.address: got 127.0.0.1:1, where no Ray head answers")
+    assert output.count("\n") == 1
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_resources_a_cluster_can_never_give_are_refused(job_file: Path) -> None:

@@ -165,6 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
+    (config.run.dir / "checkpoints/damaged-1-train-0000004/left").mkdir(parents=True)  # not the first time
     _run(config)
     assert [r["resumed_step"] for r in _records(config, "run")] == [0, 2]
     assert (config.run.dir / "checkpoints/damaged-1-train-0000004").exists()
@@ -360,6 +361,7 @@ def test_a_limited_evaluation_takes_the_same_rows_whatever_the_number_of_ranks(s
     everything = torch.cat([x for x, _ in data.Shard(source, 0, 1, seed=0).in_order(50)])
     expected = everything[torch.linspace(0, len(everything) - 1, 37).round().long()]
     assert sorted(images.flatten(1).tolist()) == sorted(expected.flatten(1).tolist())
+    assert all(len(labels) for part in parts for _, labels in part)  # no empty batch
     sizes = [sum(len(labels) for _, labels in part) for part in parts]
     assert max(sizes) - min(sizes) <= 2
 
