@@ -35,9 +35,39 @@ def cifar10(name: str = "cifar10") -> list[str]:
     return lines
 
 
+def accuracy(name: str = "accuracy") -> list[str]:
+    """Every row of the accuracy record: fine-tuning and natural training, N workers inside one process."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [
+        "| task, epochs, workers: method | clean | PGD-20 8/255 | times fewer bytes | seeds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        robust = _percent(row["pgd20"]) if "pgd20" in row else ""
+        cells = [row["name"], _percent(row["clean"]), robust, f"{row['fewer_bytes']:.1f}", str(len(row["seeds"]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def step(name: str = "step") -> list[str]:
+    """Step time and bytes between two hosts, for each link of the step record."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    links = list(record["links"])
+    lines = [
+        f"| ResNet-50's shapes, two hosts | {' | '.join(links)} |",
+        "| --- |" + " --- |" * len(links),
+    ]
+    measured = [{row["name"]: row for row in record["links"][link]["rows"]} for link in links]
+    for method in measured[0]:
+        cells = [f"{rows[method]['median_s']:.3f} s, {rows[method]['wire_bytes'] / 1e6:.3f} MB" for rows in measured]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
+
+
 def _percent(values: dict[str, Any]) -> str:
-    return f"{100 * values['mean']:.1f} +- {100 * values['half_width_95']:.1f}"
+    half = values["half_width_95"]
+    return f"{100 * values['mean']:.1f}" + ("" if half is None else f" +- {100 * half:.1f}")
 
 
 if __name__ == "__main__":
-    print("\n".join(cifar10()))
+    print("\n".join([*accuracy(), "", *step(), "", *cifar10()]))

@@ -160,22 +160,47 @@ class AttackConfig(Section):
 
 
 class CompressConfig(Section):
-    density: Density = 0.01
-    """Fraction of coordinates sent per step; 1: dense all-reduce with the momentum in the hook."""
-    warmup: Share = 0.2
-    """Share of the phase spent on the paper's ladder of densities: 25, 6.25, 1.5625, 0.4, 0.1 %."""
+    density: Density | Literal["auto"] = 0.01
+    """Fraction of coordinates sent per step; 1: dense all-reduce with the momentum in the hook; auto: by a budget."""
+    fewer_bytes: Positive | None = None
+    """With density auto: how many times fewer bytes than dense over the whole phase, warm-up included."""
+    exchange_s: Positive | None = None
+    """With density auto instead: seconds a step may spend sending, on the link as measured at the start."""
+    warmup: Share | None = None
+    """Share of the phase spent on the paper's ladder of densities; null: 0.2, or none with step_ahead."""
     ladder: tuple[Density, ...] = (0.25, 0.0625, 0.015625, 0.004, 0.001)
     """The ladder itself; rungs at or below `density` are left out."""
-    values: Literal["fp16", "bf16", "fp32"] = "fp16"
+    final_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the end that are sent at final_density, because what is in the residual when a run ends is lost."""
+    final_density: Density = 1.0
+    """Of the last steps."""
+    step_ahead: bool = False
+    """Compute each worker's gradient where its own unsent update would have led (step-ahead error feedback)."""
+    values: Literal["fp32", "fp16", "bf16", "int8", "4bit", "2bit", "sign"] = "fp16"
     """On the wire; the rounding error stays in the residual."""
+    indices: Literal["elias_fano", "rice"] = "elias_fano"
+    """On the wire; rice is 0.5 bit shorter and may leave out a few of the smallest coordinates."""
+    exchange: Literal["auto", "all_gather", "sharded", "hierarchical"] = "auto"
+    """all_gather: every worker's message to all; sharded: through owners of parts, about 2 messages a worker;
+    hierarchical: dense inside a machine, one of these between machines; auto: whichever sends least."""
     selector: Literal["sampled", "exact"] = "sampled"
     """Both select the same coordinates."""
-    masking: bool = True
-    """Momentum factor masking."""
+    masking: bool | None = None
+    """Momentum factor masking; null: on, or off with step_ahead."""
     clip: Positive | None = None
     """Threshold of the global gradient norm, applied per tensor to clip / sqrt(workers)."""
     fuse_below: Annotated[int, Field(ge=0)] = 2048
     """Tensors with fewer elements (biases, norms) are selected together."""
+
+    @model_validator(mode="after")
+    def _budget(self) -> CompressConfig:
+        budgets = sum(value is not None for value in (self.fewer_bytes, self.exchange_s))
+        if budgets != (self.density == "auto"):
+            raise ValueError(
+                "density auto goes with one of fewer_bytes and exchange_s, and a number with neither; "
+                f"got density {self.density}, fewer_bytes {self.fewer_bytes}, exchange_s {self.exchange_s}"
+            )
+        return self
 
 
 class NoiseConfig(Section):
@@ -245,12 +270,12 @@ class Config(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What a run directory is bound to: everything that changes the parameters a run ends with."""
+        """What a run directory is bound to: everything that changes what a run does, but not how many workers do it."""
         values = self.model_dump(mode="json")
         kept = {key: values[key] for key in ("data", "model", "pretrain", "train", "attack", "compress", "noise")}
         for harmless in ("cache", "memory_limit_bytes"):  # neither changes the order of the rows
             kept["data"].pop(harmless)
-        return {"seed": self.run.seed, "workers": self.cluster.workers, **kept}
+        return {"seed": self.run.seed, **kept}
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -330,9 +355,12 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
     """The first problem in one line; a key nobody knows comes first, since it explains a missing one."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    # of a number or "auto" pydantic reports both alternatives, by names of its own: only the number's is of use
+    wanted = [problem for problem in error.errors() if not str(problem["loc"][-1:]).startswith('("literal[')]
+    problems = sorted(wanted, key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    place = [str(part) for part in problem["loc"]]
+    keys = [part for part in problem["loc"] if part != "constrained-float"]
+    place = [str(part) for part in keys]
     path = ".".join(place)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
@@ -344,7 +372,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
         return f"{path} is missing; give it in the file or with --set {path}=...{more}"
     text = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "wanted", 1)
     got: Any = values
-    for part in problem["loc"]:
+    for part in keys:
         got = got.get(part) if isinstance(got, Mapping) else got
     return f"{path or 'configuration'}: {text}{'' if isinstance(got, Mapping) else f', got {got!r}'}{more}"
 

@@ -7,6 +7,7 @@
     ├── CheckpointError        a run directory or checkpoint that cannot be continued from
     ├── CodecError             a payload that is truncated, corrupted or from another layout
     ├── CommError              another rank is gone, or did something different
+    ├── LabError               hosts on a slow link cannot be made here, or a program in one of them failed
     └── DivergedError          too many non-finite steps in a row, or ranks whose parameters differ
 
 Programming errors (a wrong argument type inside the package) stay ordinary Python exceptions.
@@ -39,6 +40,10 @@ class CodecError(DistrobustError):
 
 class CommError(DistrobustError):
     """A collective failed: a peer died, timed out or disagreed."""
+
+
+class LabError(DistrobustError):
+    """Network namespaces or traffic shaping are not available, or what ran in a host failed."""
 
 
 class DivergedError(DistrobustError):

@@ -45,8 +45,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_config_prints_what_train_will_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
-    assert _run("config", "launch/digits.yaml", "--set", "compress.density=0.5", monkeypatch=monkeypatch) == 0
-    assert "density: 0.5" in capsys.readouterr().out
+    assert _run("config", "launch/digits.yaml", "--set", "compress.fewer_bytes=50", monkeypatch=monkeypatch) == 0
+    assert "fewer_bytes: 50.0" in capsys.readouterr().out
 
 
 def test_evaluate_prints_attack_budget_seed_count_interval_and_flags(

@@ -22,7 +22,12 @@ MINIMAL: dict[str, Any] = {"data": {"path": "somewhere"}}
         ),
         ({"compress": {"density": 0}}, "compress.density: wanted greater than 0, got 0"),
         ({"compress": {"density": 1.5}}, "compress.density: wanted less than or equal to 1, got 1.5"),
-        ({"compress": {"values": "fp8"}}, "compress.values: wanted 'fp16', 'bf16' or 'fp32', got 'fp8'"),
+        ({"compress": {"density": "auto"}}, "compress: density auto goes with one of fewer_bytes and exchange_s"),
+        ({"compress": {"fewer_bytes": 100}}, "compress: density auto goes with .*got density 0.01, fewer_bytes 100"),
+        (
+            {"compress": {"values": "fp8"}},
+            "compress.values: wanted 'fp32', 'fp16', 'bf16', 'int8', '4bit', '2bit' or 'sign', got 'fp8'",
+        ),
         ({"attack": {"eps": 8}}, "eps 8 is above 1 for inputs in .* did you mean 8/255"),
         ({"attack": {"eps": "8/0"}}, "attack.eps: .*got '8/0'"),
         ({"attack": {"eps": -0.1}}, "attack.eps: wanted greater than or equal to 0"),
@@ -98,12 +103,11 @@ def test_a_file_cannot_execute_anything(tmp_path: Path) -> None:
 def test_a_run_is_bound_to_what_changes_its_parameters_and_nothing_else() -> None:
     first = config.parse(MINIMAL, "a")
     moved = config.parse(
-        {**MINIMAL, "run": {"dir": "x"}, "metrics": {"port": 1}, "cluster": {"launcher": "local"}}, "b"
+        {**MINIMAL, "run": {"dir": "x"}, "metrics": {"port": 1}, "cluster": {"launcher": "local", "workers": 3}}, "b"
     )
     assert first.identity() == moved.identity()
     for change in (
         {"run": {"seed": 1}},
-        {"cluster": {"workers": 3}},
         {"compress": {"clip": 1.0}},
         {"train": {"epochs": 9}},
     ):

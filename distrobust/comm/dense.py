@@ -6,77 +6,67 @@ torch.optim.SGD, to the bit while residuals are settled.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.futures import Future
 
-from distrobust.comm.exchange import Mean, Part, Settings, Step, had_gradient, unscaled
+from distrobust.comm.bucket import Bucket, Exchange, Mean, Settings, Step, Verdict, had_gradient, unscaled
+from distrobust.comm.line import Part
+from distrobust.comm.transport import AllReduce
 from distrobust.compression import memory
 
 
-def launch_dense(settings: Settings, step: Step, bucket: Tensor, parts: list[Part]) -> Future[Any]:
-    """The Future of a Mean that holds the step to take, momentum included.
+def dense(settings: Settings, step: Step, bucket: Bucket, verdict: Verdict) -> Exchange:
+    """One hop; the Mean holds the step to take, momentum included.
 
     While residuals are settled the gradient itself is reduced, in the order of DDP's own all-reduce, so that the bits
     agree too. Otherwise v and u are reduced once, side by side, which settles them and loses nothing.
     """
-    if all(part.residual.settled for part in parts):
-        return _reduce_gradient(settings, bucket, parts, step.scale)
-    return _reduce_residual(settings, bucket, parts, step.scale)
+    if all(part.residual.settled for part in bucket.parts):
+        return (yield from _reduce_gradient(settings, bucket.flat, bucket.parts, step.scale))
+    return (yield from _reduce_residual(settings, bucket.flat, bucket.parts, step.scale))
 
 
-def _reduce_gradient(settings: Settings, bucket: Tensor, parts: list[Part], scale: float) -> Future[Any]:
-    transport = settings.transport
+def _reduce_gradient(settings: Settings, bucket: Tensor, parts: list[Part], scale: float) -> Exchange:
+    num_ranks = settings.transport.num_ranks
     for part in parts:
         if part.residual.rule.clip is not None:
             rule = memory.Rule(clip=part.residual.rule.clip * scale)
-            part.gradient.copy_(memory.local_gradient(part.gradient, part.weight, rule, transport.num_ranks))
-    bucket.mul_(1.0 / transport.num_ranks)  # as DDP itself: with three ranks a division has other bits
-
-    def finish(future: Future[Any]) -> Mean:
-        reduced = future.value()
-        if not bool(torch.isfinite(reduced.sum(dtype=torch.float32))):
-            return Mean(None)
-        mean = torch.empty(bucket.numel(), device=bucket.device)
-        result = Mean(mean)
-        for part in parts:
-            gradient = unscaled(part, scale)
-            result.used[part.name] = bool(had_gradient(settings, gradient))
-            if settings.observer is not None:
-                result.side[part.name] = float(settings.observer.observe(part.name, gradient))
-            decay = memory.Rule(weight_decay=part.residual.rule.weight_decay)
-            decayed = memory.local_gradient(gradient, part.weight, decay, 1)
-            mean[part.start : part.end] = memory.velocity(part.residual, decayed)
-        return result
-
-    return transport.all_reduce(bucket).then(finish)
+            part.gradient.mul_(memory.clip_factor(part.gradient, rule, num_ranks))
+    bucket.mul_(1.0 / num_ranks)  # as DDP itself: with three ranks a division has other bits
+    reduced = yield AllReduce(bucket)
+    if not bool(torch.isfinite(reduced.sum(dtype=torch.float32))):
+        return Mean(finite=False)
+    mean = torch.empty(bucket.numel(), device=bucket.device)
+    result = Mean(flat=mean)
+    for part in parts:
+        gradient = unscaled(part, scale)
+        result.used[part.name] = bool(had_gradient(settings, gradient))
+        if settings.observer is not None:
+            result.side[part.name] = float(settings.observer.observe(part.name, gradient))
+        rule = memory.Rule(weight_decay=part.residual.rule.weight_decay)
+        mean[part.start : part.end] = memory.velocity(part.residual, memory.decayed(gradient, part.weight, rule))
+    return result
 
 
-def _reduce_residual(settings: Settings, bucket: Tensor, parts: list[Part], scale: float) -> Future[Any]:
-    transport = settings.transport
+def _reduce_residual(settings: Settings, bucket: Tensor, parts: list[Part], scale: float) -> Exchange:
+    num_ranks = settings.transport.num_ranks
     used = torch.ones(len(parts), device=bucket.device)
     for i, part in enumerate(parts):
         gradient = unscaled(part, scale)
         used[i] = had_gradient(settings, gradient)
-        local = memory.local_gradient(gradient, part.weight, part.residual.rule, transport.num_ranks)
-        memory.accumulate(part.residual, local)
+        factor = memory.clip_factor(gradient, part.residual.rule, num_ranks)
+        memory.accumulate(part.residual, memory.decayed(gradient, part.weight, part.residual.rule, factor))
     halves = [part.residual.next_v for part in parts] + [part.residual.next_u for part in parts]
-    packed = torch.cat([*halves, used]).div_(transport.num_ranks)
-
-    def finish(future: Future[Any]) -> Mean:
-        reduced = future.value()
-        if not bool(torch.isfinite(reduced.sum())):
-            return Mean(None)
-        pieces = reduced.split([*(half.numel() for half in halves), len(parts)])
-        mean = torch.empty(bucket.numel(), device=bucket.device)
-        result = Mean(mean)
-        for i, part in enumerate(parts):
-            result.used[part.name] = bool(pieces[-1][i] > 0)
-            mean[part.start : part.end] = pieces[i]
-            part.residual.next_v.zero_()
-            part.residual.next_u.copy_(pieces[len(parts) + i])
-        return result
-
-    return transport.all_reduce(packed).then(finish)
+    packed = torch.cat([*halves, used]).div_(num_ranks)
+    reduced = yield AllReduce(packed)
+    if not bool(torch.isfinite(reduced.sum())):
+        return Mean(finite=False)
+    pieces = reduced.split([*(half.numel() for half in halves), len(parts)])
+    mean = torch.empty(bucket.numel(), device=bucket.device)
+    result = Mean(flat=mean)
+    for i, part in enumerate(parts):
+        result.used[part.name] = bool(pieces[-1][i] > 0)
+        mean[part.start : part.end] = pieces[i]
+        part.residual.next_v.zero_()
+        part.residual.next_u.copy_(pieces[len(parts) + i])
+    return result

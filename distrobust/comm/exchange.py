@@ -1,204 +1,140 @@
 """One bucket in a sparse phase: its gradients in, the identical mean on every rank out.
 
-`launch_sparse` does the local half and issues the one collective; the Future it returns holds the `Mean`, decoded in
-its callback. Nothing is committed here: residuals only have their next buffers written. Every rank adds the payloads in
-rank order, one scatter per rank, so the mean is the same on all of them to the bit.
+An exchange is a generator: it yields requests (transport.py) and is sent what came back; who carries them, a process
+group or ranks inside one process, is not its business. Nothing is committed here: residuals only have their next
+buffers written. Every rank adds the payloads in rank order, one scatter per rank, so the mean is the same on all of
+them to the bit.
+
+`all_gather`: every rank sends its k coordinates to all. One hop; N - 1 messages a rank.
+
+`sharded`: rank r owns the r-th part of the line. Every rank selects k / N coordinates in each part and sends them to
+the owner, who adds them to its own residual there, uncompressed, and sends k / N coordinates of the sum to all; the
+rest stays in that residual, N-fold since it stands for a mean. About 2 k coordinates a rank, whatever N is. After
+Ok-Topk (Li and Hoefler, PPoPP 2022) and DoubleSqueeze (Tang et al., ICML 2019): error feedback on both hops.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.futures import Future
 
-from distrobust.comm.transport import Transport
-from distrobust.compression import codec, memory, message
-from distrobust.compression.codec import ValueCode
-from distrobust.compression.memory import Residual
-from distrobust.compression.message import Layout, Section
-from distrobust.compression.select import Selector, num_selected
+from distrobust.comm import line
+from distrobust.comm.bucket import Bucket, Exchange, Mean, Settings, Step, Verdict
+from distrobust.comm.line import Cut
+from distrobust.comm.local import LocalHalf, select_in
+from distrobust.comm.transport import AllGather, AllToAll
+from distrobust.compression import codec, message
+from distrobust.compression.message import Layout, Message
 from distrobust.errors import CodecError
 
 
-@dataclass(frozen=True)
-class Part:
-    """One parameter within a bucket: `gradient` and `weight` (n,) are flat, in the order of the parameter's storage."""
+def all_gather(settings: Settings, step: Step, bucket: Bucket, verdict: Verdict) -> Exchange:
+    """One hop: every rank's payload to every rank."""
+    transport = settings.transport
+    local = LocalHalf(settings, step, bucket, verdict, 1, owned=None)
+    received = yield AllGather(local.messages[0])
 
-    name: str
-    start: int  # first coordinate in the bucket
-    gradient: Tensor
-    weight: Tensor
-    residual: Residual
+    def compute() -> Mean:
+        decoded = [_unpack(local.layouts[0], received[rank], rank, bucket) for rank in range(transport.num_ranks)]
+        mean = local.headers(decoded)
+        if mean.finite:
+            _share_out(mean, bucket, [(m.indices, m.values / transport.num_ranks) for m in decoded], local.size)
+        return mean
 
-    @property
-    def end(self) -> int:
-        return self.start + self.gradient.numel()
-
-
-@dataclass
-class Mean:
-    """What the ranks agreed on for one bucket. `flat` is None when some rank's gradient was not finite."""
-
-    flat: Tensor | None  # (bucket,) float32
-    fused: Tensor | None = None  # (sum of all fused parameters,) float32, in the last bucket only
-    used: dict[str, bool] = field(default_factory=dict)  # whether any rank had a gradient
-    side: dict[str, float] = field(default_factory=dict)  # mean over ranks of the observed values
-    side_is_local: bool = False  # observed on local gradients, not on their mean
-    damaged: CodecError | None = None  # a callback that raised it would leave its text alone
+    return transport.once(received, compute)
 
 
-class Observer(Protocol):
-    """Looks at every gradient before it is compressed; one number a parameter travels in the message."""
-
-    def observe(self, name: str, gradient: Tensor) -> Tensor:
-        """One float32 value for a gradient (n,), local in a sparse phase, the mean over ranks in a dense one."""
-        ...
-
-    def commit(self) -> None:
-        """The step of the gradients observed last was taken."""
-        ...
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What stays the same from bucket to bucket."""
-
-    transport: Transport
-    code: ValueCode
-    select: Selector
-    detect_unused: bool
-    observer: Observer | None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the buckets of one backward pass share."""
-
-    number: int
-    density: float
-    scale: float  # loss scale of the gradients, 1.0 without a GradScaler
-    fused: dict[str, Residual]  # small parameters, in the model's order, selected together
-
-
-def launch_sparse(
-    settings: Settings, step: Step, bucket: Tensor, parts: list[Part], is_last: bool, finite: bool
-) -> tuple[Future[Any], bool]:
-    """Sends the largest coordinates of every large part and, in the last bucket, of all small ones together.
-
-    By the last bucket every small parameter of the model has been accumulated, wherever DDP put it, so the choice does
-    not depend on how parameters fall into buckets. `finite`: this rank's earlier buckets were.
-    Returns the Future of a Mean, and whether this rank's values are finite up to here.
-    """
-    device = bucket.device
-    used, side = [], []
-    total = torch.zeros((), device=device)
-    for part in parts:
-        gradient = unscaled(part, step.scale)
-        local = memory.local_gradient(gradient, part.weight, part.residual.rule, settings.transport.num_ranks)
-        memory.accumulate(part.residual, local)
-        total += part.residual.next_v.sum()
-        used.append(had_gradient(settings, gradient))
-        if settings.observer is not None:
-            side.append(settings.observer.observe(part.name, gradient))
-    finite = finite and bool(torch.isfinite(total))
-
-    large = [part for part in parts if part.name not in step.fused]
-    counts = [num_selected(part.gradient.numel(), step.density) for part in large]
-    sections = [Section(bucket.numel(), sum(counts))] if large else []
-    fused = list(step.fused.values()) if is_last else []
-    if fused:
-        size = sum(residual.v.numel() for residual in fused)
-        sections.append(Section(size, num_selected(size, step.density)))
-    layout = Layout(tuple(sections), settings.code, len(parts), len(side), step.number)
-
-    if finite:
-        payloads = []
-        if large:
-            payloads.append(_encode(settings, large, counts, bucket.numel()))
-        if fused:
-            payloads.append(_encode_fused(settings, fused, sections[-1]))
-        sides = torch.stack(side) if side else torch.zeros(0, device=device)
-        packed = message.pack(layout, torch.stack(used), sides, payloads)
+def sharded(settings: Settings, step: Step, bucket: Bucket, verdict: Verdict) -> Exchange:
+    """Two hops: each part's payloads to its owner, then the owner's payload to all."""
+    transport = settings.transport
+    num_ranks, rank = transport.num_ranks, transport.rank
+    local = LocalHalf(settings, step, bucket, verdict, num_ranks, owned=rank)
+    longest = max(local.layout(cut.space.k, owner).num_bytes for owner, cut in enumerate(local.cuts))
+    received = yield AllToAll(_rows(local.messages, longest))
+    own = local.cuts[rank]
+    damaged: CodecError | None = None
+    mean = Mean(finite=False)
+    try:
+        decoded = []
+        for sender in range(num_ranks):
+            layout = local.layout(0 if sender == rank else own.space.k, rank)
+            decoded.append(_unpack(layout, received[sender, : layout.num_bytes], sender, bucket))
+        mean = local.headers(decoded)
+    except CodecError as error:
+        damaged = error
+    layouts = [local.layout(cut.space.k, owner, hop=1) for owner, cut in enumerate(local.cuts)]
+    no_flags, no_side = torch.ones(len(bucket.parts), dtype=torch.bool, device=received.device), received.new_zeros(0)
+    if damaged is not None:
+        reply = message.pack_status(layouts[rank], message.DAMAGED, received.device)
+    elif not mean.finite:
+        reply = message.pack_status(layouts[rank], message.NON_FINITE, received.device)
     else:
-        packed = message.pack_non_finite(layout, device)
+        for one in decoded:
+            if one.indices.numel():
+                line.add(own, one.indices, one.values)
+        payload = _encode_owned(settings, own, num_ranks) if own.pieces else None
+        reply = message.pack(layouts[rank], no_flags, no_side.to(torch.float32), payload)
+    received = yield AllGather(_rows([reply], max(layout.num_bytes for layout in layouts))[0])
+    if damaged is not None:
+        raise damaged
 
-    def decode(future: Future[Any]) -> Mean:
-        received = future.value()
-        try:
-            return _decode(layout, received, parts, bucket.numel(), bool(large))
-        except CodecError as error:
-            return Mean(None, damaged=error)  # as a value: an exception here would reach the caller as text only
+    def compute() -> list[tuple[Tensor, Tensor]]:
+        replies = [
+            _unpack(layout, received[owner, : layout.num_bytes], owner, bucket) for owner, layout in enumerate(layouts)
+        ]
+        return [(m.indices + cut.start, m.values) for m, cut in zip(replies, local.cuts, strict=True)]
 
-    return settings.transport.all_gather(packed).then(decode), finite
-
-
-def unscaled(part: Part, scale: float) -> Tensor:
-    """The part's gradient without the loss scale."""
-    return part.gradient.to(torch.float32) / scale if scale != 1.0 else part.gradient
-
-
-def had_gradient(settings: Settings, gradient: Tensor) -> Tensor:
-    """Whether this rank had a gradient; DDP leaves zeros in the bucket for a parameter that was not used."""
-    if settings.detect_unused:
-        return (gradient != 0).any()
-    return torch.ones((), dtype=torch.bool, device=gradient.device)
+    payloads = transport.once(received, compute)
+    if mean.finite:
+        _share_out(mean, bucket, payloads, local.size)
+    return mean
 
 
-def _encode(settings: Settings, parts: list[Part], counts: list[int], n: int) -> Tensor:
-    """Selects in each part by itself, codes all in the bucket's index space, removes what receivers will decode."""
-    residuals = [part.residual for part in parts]
-    chosen = [settings.select(r.next_v, k) for r, k in zip(residuals, counts, strict=True)]
-    values = torch.cat([r.next_v[s] for r, s in zip(residuals, chosen, strict=True)])
-    indices = torch.cat([s + part.start for s, part in zip(chosen, parts, strict=True)])
-    payload, sent = codec.encode(indices, values, n, settings.code)
-    for residual, s, piece in zip(residuals, chosen, sent.split(counts), strict=True):
-        memory.remove_sent(residual, s, piece)
+def _encode_owned(settings: Settings, own: Cut, num_ranks: int) -> Tensor:
+    """The second hop: the largest of the sums in this rank's own part, as means; what is not sent stays, as sums."""
+    places, sums = line.gather(own, [select_in(settings, unit, piece) for unit, piece in own.pieces])
+    payload, places, sent = codec.encode(places, sums / num_ranks, own.space, settings.code)
+    line.remove_sent(own, places, sent * num_ranks)
     return payload
 
 
-def _encode_fused(settings: Settings, residuals: list[Residual], section: Section) -> Tensor:
-    """Selects across all residuals at once: small tensors compete with each other instead of each sending a minimum."""
-    joined = torch.cat([r.next_v for r in residuals])
-    indices = settings.select(joined, section.k)
-    payload, sent = codec.encode(indices, joined[indices], section.n, settings.code)
-    ends = torch.tensor([r.v.numel() for r in residuals], device=indices.device).cumsum(0)
-    counts = torch.searchsorted(indices, ends).diff(prepend=ends.new_zeros(1)).tolist()
-    starts = (ends - ends.diff(prepend=ends.new_zeros(1))).tolist()
-    for residual, start, s, piece in zip(residuals, starts, indices.split(counts), sent.split(counts), strict=True):
-        memory.remove_sent(residual, s - start, piece)
-    return payload
+def _share_out(mean: Mean, bucket: Bucket, payloads: list[tuple[Tensor, Tensor]], size: int) -> None:
+    """Divides places on the line into those of the bucket and those of the small parameters behind it."""
+    n = bucket.flat.numel()
+    if size == n:
+        mean.payloads = payloads
+        return
+    mean.fused = torch.zeros(size - n, device=bucket.flat.device)
+    for places, values in payloads:
+        inside = int(torch.searchsorted(places, n))
+        mean.payloads.append((places[:inside], values[:inside]))
+        mean.fused.index_add_(0, places[inside:] - n, values[inside:])
 
 
-def _decode(layout: Layout, messages: Tensor, parts: list[Part], size: int, large: bool) -> Mean:
-    """The mean over `messages` (num_ranks, bytes) of a bucket of `size`; `large`: the first section is the bucket's."""
-    decoded = []
-    for rank, received in enumerate(messages):
-        try:
-            decoded.append(message.unpack(layout, received))
-        except CodecError as error:
-            names = f"{parts[0].name} .. {parts[-1].name}"
-            raise CodecError(
-                f"step {layout.step}, message of rank {rank} for {names}: {error}; nothing was applied"
-            ) from None
-    finite = [one for one in decoded if one is not None]
-    if len(finite) < len(messages):
-        return Mean(None)
-    means = [torch.zeros(section.n, device=messages.device) for section in layout.sections]
-    for one in finite:
-        for mean, (indices, values) in zip(means, one.payloads, strict=True):
-            mean.index_add_(0, indices, values)
-    for mean in means:
-        mean /= len(messages)
-    names_in_order = [part.name for part in parts]
-    used = torch.stack([one.used for one in finite]).any(dim=0).tolist()
-    side = (torch.stack([one.side for one in finite]).sum(dim=0) / len(messages)).tolist()
-    return Mean(
-        flat=means[0] if large else torch.zeros(size, device=messages.device),
-        fused=means[-1] if len(means) > int(large) else None,
-        used=dict(zip(names_in_order, used, strict=True)),
-        side=dict(zip(names_in_order, side, strict=False)),
-        side_is_local=True,
-    )
+def _rows(messages: list[Tensor], length: int) -> Tensor:
+    """(len(messages), length): padded with zeros to one length."""
+    rows = messages[0].new_zeros((len(messages), length))
+    for row, one in zip(rows, messages, strict=True):
+        row[: one.numel()] = one
+    return rows
+
+
+def _unpack(layout: Layout, received: Tensor, rank: int, bucket: Bucket) -> Message:
+    names = f"{bucket.parts[0].name} .. {bucket.parts[-1].name}"
+    where = f"step {layout.step}, message of rank {rank} for {names}"
+    try:
+        decoded = message.unpack(layout, received)
+    except CodecError as error:
+        raise CodecError(f"{where}: {error}; nothing was applied") from None
+    if decoded.status == message.DAMAGED:
+        raise CodecError(f"{where}: that rank could not read what it was sent; nothing was applied")
+    return decoded
+
+
+# and in how many hops
+EXCHANGES: dict[str, tuple[Callable[[Settings, Step, Bucket, Verdict], Exchange], int]] = {
+    "all_gather": (all_gather, 1),
+    "sharded": (sharded, 2),
+}

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,19 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn import Parameter
 
-from distrobust.comm.dense import launch_dense
-from distrobust.comm.exchange import Mean, Part, Settings, Step, launch_sparse
+from distrobust.comm.ahead import StepAhead
+from distrobust.comm.bucket import Bucket, Exchange, Mean, Settings, Step, Verdict
+from distrobust.comm.dense import dense
+from distrobust.comm.exchange import EXCHANGES
 from distrobust.comm.flat import flat, flat_like, unflat
+from distrobust.comm.hierarchical import hierarchical, piece_size
+from distrobust.comm.line import Part
+from distrobust.comm.transport import Local, Request, Transport
 from distrobust.compression import codec
+from distrobust.compression.density import Schedule
 from distrobust.compression.memory import Residual, Rule
+from distrobust.compression.message import Layout
 from distrobust.compression.select import num_selected
-from distrobust.compression.warmup import Warmup
 from distrobust.errors import CheckpointError, CommError, DistrobustError
 
 _log = logging.getLogger(__name__)
@@ -39,9 +46,63 @@ class _Pass:
     step: Step
     dense: bool
     done: Future[Any]
-    buckets: list[tuple[Tensor, list[Part]]] = field(default_factory=list)
-    means: list[Future[Any]] = field(default_factory=list)
-    finite: bool = True
+    jobs: list[_Job] = field(default_factory=list)
+    verdict: Verdict = field(default_factory=Verdict)
+
+
+class _Job:
+    """The exchange of one bucket: the hop it is waiting for; when `done`, its Mean or what went wrong.
+
+    An error is kept as a value: an exception in a callback would reach the caller as text only.
+    """
+
+    def __init__(self, bucket: Bucket, exchange: Exchange, num_hops: int, transport: Transport) -> None:
+        self.bucket = bucket
+        self.hops_left = num_hops
+        self.mean: Mean | None = None
+        self.error: Exception | None = None
+        device = bucket.flat.device
+        self.done: Future[Any] = Future(devices=[device] if device.type == "cuda" else None)
+        self._exchange = exchange
+        self._transport = transport
+        self._hop = self._issue(next(exchange))
+
+    def wait(self) -> None:
+        """For the hop under way."""
+        self._hop.wait()
+
+    def advance(self) -> None:
+        """Takes what came back and issues the next hop. Called in the same order on all ranks."""
+        self._hop = self._issue(self._exchange.send(self._hop.value()))
+
+    def _issue(self, request: Request | Local) -> Future[Any]:
+        self.hops_left -= 1
+        hop = self._transport.issue(request)
+        if self.hops_left == 0:
+            hop.then(self._finish)
+        elif self._transport.chains:
+            hop.then(self._chain)
+        return hop
+
+    def _chain(self, hop: Future[Any]) -> None:
+        try:
+            self._issue(self._exchange.send(hop.value()))
+        except Exception as error:
+            self._close(error)
+
+    def _finish(self, hop: Future[Any]) -> None:
+        error: Exception | None = None
+        try:
+            self._exchange.send(hop.value())
+        except StopIteration as result:
+            self.mean = result.value
+        except Exception as failed:
+            error = failed
+        self._close(error)
+
+    def _close(self, error: Exception | None) -> None:
+        self.error = error
+        self.done.set_result(self.bucket.flat)
 
 
 class Compression:
@@ -57,21 +118,26 @@ class Compression:
         parameters: dict[str, Parameter],
         rules: dict[str, Rule],
         settings: Settings,
-        density: Warmup,
+        density: Schedule,
         *,
         fuse_below: int,
         scale: Callable[[], float] | None = None,
+        rates: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.settings = settings
         self.density = density
         self.parameters = parameters
+        num_local = settings.transport.local.num_ranks if settings.transport.local else 1
         self.residuals = {
-            name: Residual(parameter.numel(), rules[name], parameter.device) for name, parameter in parameters.items()
+            name: Residual(piece_size(parameter.numel(), num_local), rules[name], parameter.device)
+            for name, parameter in parameters.items()
         }
-        self._fused = {n: r for n, r in self.residuals.items() if r.v.numel() < fuse_below}
+        self._fused = {n: self.residuals[n] for n, p in parameters.items() if p.numel() < fuse_below}
+        self.ahead = StepAhead(parameters, self.residuals, rates) if rates is not None else None
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scale = scale
         self._pass: _Pass | None = None
+        self._pays: dict[float, bool] = {}  # by density: whether sparse messages are smaller than dense ones
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -93,11 +159,25 @@ class Compression:
     def density_at(self, step: int) -> float:
         """Density of a step; 1.0 where sparse messages would be larger than a dense all-reduce."""
         density = self.density.at(step)
-        n = sum(residual.v.numel() for residual in self.residuals.values())
-        transport = self.settings.transport
-        sparse = (transport.num_ranks - 1) * codec.num_bytes(n, num_selected(n, density), self.settings.code)
-        worth_it = transport.num_ranks == 1 or sparse < transport.reduce_bytes(4 * n)
-        return density if worth_it and density < 1.0 else 1.0
+        if density not in self._pays:
+            alone = self.settings.transport.num_ranks == 1
+            self._pays[density] = density < 1.0 and (alone or self.step_bytes(density) < self.step_bytes(1.0))
+            if density < 1.0 and not self._pays[density]:
+                _log.info("compress: dense at density %.4g: sparse messages would be larger", density)
+        return density if self._pays[density] else 1.0
+
+    def step_bytes(self, density: float) -> int:
+        """What this rank sends in a step at a density if DDP has one bucket; each further one adds a small header."""
+        sizes = {name: residual.v.numel() for name, residual in self.residuals.items()}
+        n, num_ranks = sum(sizes.values()), self.settings.transport.num_ranks
+        if density == 1.0:
+            return self.settings.transport.reduce_bytes(4 * n)
+        units = [size for name, size in sizes.items() if name not in self._fused]
+        units += [n - sum(units)] if self._fused else []
+        space = codec.Space(n, tuple(num_selected(size, density) for size in units))
+        messages = num_ranks - 1 if self.settings.exchange == "all_gather" else 2 * (num_ranks - 1) / num_ranks
+        num_side = len(sizes) if self.settings.observer is not None else 0
+        return round(messages * Layout(space, self.settings.code, len(sizes), num_side).num_bytes)
 
     def part(self, parameter: Tensor, start: int, gradient: Tensor) -> Part:
         """The piece of a bucket that belongs to `parameter`."""
@@ -105,25 +185,28 @@ class Compression:
         return Part(name, start, gradient, flat(parameter.detach()), self.residuals[name])
 
     def reduce(self, bucket: Tensor, parts: list[Part], is_first: bool, is_last: bool) -> Future[Any]:
-        """Compresses and sends one bucket; the Future holds `bucket`, overwritten by the mean over ranks."""
+        """Compresses and sends one bucket; the Future holds `bucket`, overwritten by the mean over ranks.
+
+        Exchanges of several hops go on here too, since a hop must not be issued in the callback of another: every
+        bucket takes those before it one hop further, and the last one takes all to their last hop.
+        """
         started = time.perf_counter()
         if is_first or self._pass is None:
             self._pass = self._begin(bucket.device)
         current = self._pass
+        exchange, num_hops = self._exchange(current.dense)
         try:
-            if current.dense:
-                future = launch_dense(self.settings, current.step, bucket, parts)
-            else:
-                future, current.finite = launch_sparse(
-                    self.settings, current.step, bucket, parts, is_last, current.finite
-                )
+            self._advance(current)
+            given = Bucket(bucket, parts, is_last)
+            made = exchange(self.settings, current.step, given, current.verdict)
+            current.jobs.append(_Job(given, made, num_hops, self.settings.transport))
+            while is_last and self._advance(current):
+                pass
         except Exception as error:
             self.error = error
             raise
-        current.buckets.append((bucket, parts))
-        current.means.append(future)
         if is_last:
-            torch.futures.collect_all(current.means).then(lambda means: self._finish(current, means))
+            torch.futures.collect_all([job.done for job in current.jobs]).then(lambda _: self._finish(current))
         self.seconds += time.perf_counter() - started
 
         def result(done: Future[Any]) -> Tensor:
@@ -132,63 +215,99 @@ class Compression:
 
         return current.done.then(result)
 
+    def _exchange(self, is_dense: bool) -> tuple[Callable[[Settings, Step, Bucket, Verdict], Exchange], int]:
+        """What carries a bucket, and in how many hops."""
+        exchange, num_hops = (dense, 1) if is_dense else EXCHANGES[self.settings.exchange]
+        if self.settings.transport.local:
+            return partial(hierarchical, exchange), num_hops + 2
+        return exchange, num_hops
+
+    def _advance(self, current: _Pass) -> bool:
+        """Takes every exchange that has hops left one further; False if none has."""
+        if self.settings.transport.chains:
+            return False
+        waiting = [job for job in current.jobs if job.hops_left]
+        for job in waiting:
+            started = time.perf_counter()
+            job.wait()
+            self.seconds -= time.perf_counter() - started  # not the hook's own work
+            job.advance()
+        return bool(waiting)
+
     def _begin(self, device: torch.device) -> _Pass:
         density = self.density_at(self.step)
         scale = 1.0 if self._scale is None else self._scale()
         fused = self._fused if density < 1.0 else {}
         self.error = None
         done: Future[Any] = Future(devices=[device] if device.type == "cuda" else None)
-        return _Pass(Step(self.step, density, scale, fused), density == 1.0, done)
+        step = Step(self.step, density, scale, fused, {name: self.parameters[name].numel() for name in fused})
+        return _Pass(step, density == 1.0, done)
 
-    def _finish(self, current: _Pass, means: Future[Any]) -> None:
+    def _finish(self, current: _Pass) -> None:
         """Runs when every bucket is decoded, on whatever thread decoded the last."""
         started = time.perf_counter()
         try:
-            decoded = [mean.value() for mean in means.value()]
-            for mean in decoded:
-                if mean.damaged is not None:
-                    raise mean.damaged
-            self._apply(current, decoded)
+            self.step_back()
+            for job in current.jobs:
+                if job.error is not None:
+                    raise job.error
+            self._apply(current)
         except Exception as error:
             self.error = error
             current.done.set_exception(error)
             return
         self.seconds += time.perf_counter() - started
-        current.done.set_result([bucket for bucket, _ in current.buckets])
+        current.done.set_result([job.bucket.flat for job in current.jobs])
 
-    def _apply(self, current: _Pass, means: list[Mean]) -> None:
+    def _apply(self, current: _Pass) -> None:
         self.step += 1
-        self.dense_bytes += self.settings.transport.reduce_bytes(4 * sum(b.numel() for b, _ in current.buckets))
-        if any(mean.flat is None for mean in means):
-            for bucket, _ in current.buckets:
-                bucket.fill_(math.nan)
+        self.dense_bytes += self.settings.transport.reduce_bytes(4 * sum(j.bucket.flat.numel() for j in current.jobs))
+        results = [(job.bucket, job.mean) for job in current.jobs if job.mean is not None]
+        if not all(mean.finite for _, mean in results):
+            for bucket, _ in results:
+                bucket.flat.fill_(math.nan)
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
             _log.warning("step %d: non-finite gradient on some rank, step skipped on all", current.step.number)
             return
         self.skipped_in_a_row = 0
-        fused = self._split_fused(current, means)
-        self.side, self.side_is_local = {}, means[0].side_is_local
-        for (bucket, parts), mean in zip(current.buckets, means, strict=True):
-            assert mean.flat is not None
+        scale = current.step.scale
+        fused = self._split_fused(current, results[-1][1])
+        self.side, self.side_is_local = {}, results[0][1].side_is_local
+        for bucket, mean in results:
             self.side.update(mean.side)
-            for part in parts:
+            mean.write(bucket.flat, scale)
+            for part in bucket.parts:
+                here = bucket.flat[part.start : part.end]
                 if part.name in fused:
-                    mean.flat[part.start : part.end] = fused[part.name]
+                    here.copy_(fused[part.name] if scale == 1.0 else fused[part.name] * scale)
                 if mean.used[part.name]:
                     part.residual.commit(settled=current.dense)
                 else:  # DDP will drop the answer for a parameter nobody used: leave it in the residual
-                    mean.flat[part.start : part.end] = 0.0
-            bucket.copy_(mean.flat if current.step.scale == 1.0 else mean.flat * current.step.scale)
+                    here.zero_()
         if self.settings.observer is not None and self.side:
             self.settings.observer.commit()
 
-    def _split_fused(self, current: _Pass, means: list[Mean]) -> dict[str, Tensor]:
-        joined = means[-1].fused
+    def _split_fused(self, current: _Pass, last: Mean) -> dict[str, Tensor]:
+        joined = last.fused
         if joined is None:
             return {}
-        sizes = [residual.v.numel() for residual in current.step.fused.values()]
+        sizes = list(current.step.num_fused.values())
         return dict(zip(current.step.fused, joined.split(sizes), strict=True))
+
+    def step_ahead(self) -> None:
+        """Moves the parameters to where the next gradient is computed; the end of backward() moves them back.
+
+        The wrapper's forward in training mode does it by itself; call it earlier if something else should see them
+        there.
+        """
+        if self.ahead is not None:
+            self.ahead.go()
+
+    def step_back(self) -> None:
+        """Moves the parameters back to the shared ones."""
+        if self.ahead is not None:
+            self.ahead.back()
 
     def drop_gradients_if_skipped(self) -> None:
         """Leaves the optimizer nothing to step on after a skipped backward; a hook on its step calls this."""
@@ -206,11 +325,12 @@ class Compression:
 
     def state_dict(self) -> dict[str, Any]:
         """Residuals in the parameters' own shapes: memory format and buckets may differ when they are loaded."""
+        self.step_back()  # whoever saves this saves the parameters too
         residuals = {}
         for name, residual in self.residuals.items():
-            shaped = {"v": unflat(residual.v, self.parameters[name])}
+            shaped = {"v": self._shaped(residual.v, name)}
             if residual.u.numel():
-                shaped["u"] = unflat(residual.u, self.parameters[name])
+                shaped["u"] = self._shaped(residual.u, name)
             residuals[name] = {**shaped, "settled": residual.settled}
         transport = self.settings.transport
         return {
@@ -218,6 +338,8 @@ class Compression:
             "step": self.step,
             "rank": transport.rank,
             "num_ranks": transport.num_ranks,
+            "num_local": transport.local.num_ranks if transport.local else 1,
+            "local_rank": transport.local.rank if transport.local else 0,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "sent_bytes": transport.sent_bytes,
@@ -233,7 +355,13 @@ class Compression:
         if place != (transport.rank, transport.num_ranks):
             raise CheckpointError(
                 f"residual of rank {place[0]} of {place[1]}, this is rank {transport.rank} of {transport.num_ranks}: "
-                "continue with the same number of workers"
+                "hand the states of all ranks to distrobust.resize() first"
+            )
+        local = (transport.local.rank, transport.local.num_ranks) if transport.local else (0, 1)
+        if (state["local_rank"], state["num_local"]) != local:
+            raise CheckpointError(
+                f"residual of local rank {state['local_rank']} of {state['num_local']}, here {local[0]} of {local[1]}: "
+                "continue a hierarchical exchange with the same workers on each machine"
             )
         saved = state["residuals"]
         differing = sorted(set(saved) ^ set(self.residuals))
@@ -242,10 +370,10 @@ class Compression:
                 f"residuals of another model: {len(differing)} parameters differ, first {differing[0]!r}"
             )
         for name, entry in saved.items():
-            if entry["v"].shape != self.parameters[name].shape:
+            wanted = self._shaped(self.residuals[name].v, name).shape
+            if entry["v"].shape != wanted:
                 raise CheckpointError(
-                    f"residual of {name!r}: got shape {tuple(entry['v'].shape)}, "
-                    f"wanted {tuple(self.parameters[name].shape)}"
+                    f"residual of {name!r}: got shape {tuple(entry['v'].shape)}, wanted {tuple(wanted)}"
                 )
             if ("u" in entry) != bool(self.residuals[name].rule.momentum):
                 with_or_without = ("with", "without") if "u" in entry else ("without", "with")
@@ -253,13 +381,20 @@ class Compression:
                     "residual of {!r}: saved {} momentum, this run is {} it".format(name, *with_or_without)
                 )
         for name, entry in saved.items():
-            u = flat_like(entry["u"], self.parameters[name]) if "u" in entry else torch.zeros(0)
-            self.residuals[name].load(u, flat_like(entry["v"], self.parameters[name]), entry["settled"])
+            u = self._flat(entry["u"], name) if "u" in entry else torch.zeros(0)
+            self.residuals[name].load(u, self._flat(entry["v"], name), entry["settled"])
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         transport.sent_bytes = state["sent_bytes"]
         self.dense_bytes = state["dense_bytes"]
+
+    def _shaped(self, values: Tensor, name: str) -> Tensor:
+        """A residual's values in the shape of the parameter; a piece of it stays flat."""
+        return values.clone() if self.settings.transport.local else unflat(values, self.parameters[name])
+
+    def _flat(self, values: Tensor, name: str) -> Tensor:
+        return values if self.settings.transport.local else flat_like(values, self.parameters[name])
 
     def raise_cause(self) -> None:
         """After a backward() that raised: raises the exchange's error with its own type, if it was the exchange's."""

@@ -7,6 +7,7 @@ would act on coordinates that were not sent (it cost 2 % ImageNet accuracy elsew
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from distrobust.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
+_WRAPPERS = {"accelerate", "lightning", "pytorch_lightning"}  # whose optimizers hand everything on to their .optimizer
+
 
 @dataclass(frozen=True)
 class Takeover:
@@ -28,38 +31,104 @@ class Takeover:
     momentum_buffers: dict[str, Tensor]
 
 
+def unwrapped(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """The optimizers that make the step: one or several, without the wrapper of Accelerate or Lightning."""
+    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    inner: list[Any] = [getattr(one, "optimizer", one) if _is_wrapper(one) else one for one in given]
+    for one in inner:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise ConfigError(f"compress: got a {type(one).__name__} as optimizer, wanted a torch.optim.Optimizer")
+    owned = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
+    if len(set(owned)) < len(owned):
+        raise ConfigError("compress: a parameter is in two optimizers and would be stepped twice; give it one")
+    return inner
+
+
+def scaler_of(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> Any:
+    """The GradScaler that Accelerate put into its wrapper; None if there is none."""
+    given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    scalers = [getattr(one, "scaler", None) for one in given if _is_wrapper(one)]
+    return next((scaler for scaler in scalers if scaler is not None), None)
+
+
+def _is_wrapper(optimizer: object) -> bool:
+    return type(optimizer).__module__.partition(".")[0] in _WRAPPERS
+
+
+def before_update(optimizer: torch.optim.Optimizer, act: Callable[[], None]) -> None:
+    """Calls `act` in every optimizer.step, once gradients are there: after the closure if one is given.
+
+    Lightning runs backward in a closure. Before it, `act` would judge this step by the one before.
+    """
+
+    def hook(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            act()
+            return None
+
+        def closure_then_act() -> Any:
+            loss = closure()
+            act()
+            return loss
+
+        others = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (args[0], closure_then_act, *args[2:]), others
+
+    optimizer.register_step_pre_hook(hook)
+
+
+def complete_(
+    optimizers: Sequence[torch.optim.Optimizer], taken: Takeover, moved: bool, acts: Sequence[Callable[[], None]]
+) -> None:
+    """Empties `optimizers`, which are changed, if momentum was `moved`; calls `acts` before each of their updates."""
+    if moved:
+        empty_(optimizers, taken)
+    for one in optimizers:
+        if moved:
+            one.register_step_pre_hook(lambda emptied, *_: refuse_return(emptied))
+        for act in acts:
+            before_update(one, act)
+
+
 def take_over(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, Parameter], *, masking: bool, clip: float | None
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: dict[str, Parameter],
+    *,
+    masking: bool,
+    clip: float | None,
 ) -> Takeover:
-    """Reads momentum, Nesterov and weight decay from a torch.optim.SGD, for `empty_` to remove them there.
+    """Reads momentum, Nesterov and weight decay from torch.optim.SGD, for `empty_` to remove them there.
 
     Raises ConfigError for an optimizer that cannot be emptied.
     """
-    if type(optimizer) is not torch.optim.SGD:
-        raise ConfigError(_refusal(optimizer))
     names = {parameter: name for name, parameter in parameters.items()}
     rules: dict[str, Rule] = {}
     buffers: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        _check_group(group, names)
-        moved = Rule(group["momentum"], group["nesterov"], group["weight_decay"], masking, clip)
-        for parameter in group["params"]:
-            if parameter not in names:
-                continue
-            rules[names[parameter]] = moved
-            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None and moved.momentum:
-                buffers[names[parameter]] = buffer
+    for optimizer in optimizers:
+        if type(optimizer) is not torch.optim.SGD:
+            raise ConfigError(_refusal(optimizer))
+        for group in optimizer.param_groups:
+            _check_group(group, names)
+            moved = Rule(group["momentum"], group["nesterov"], group["weight_decay"], masking, clip)
+            for parameter in group["params"]:
+                if parameter not in names:
+                    continue
+                rules[names[parameter]] = moved
+                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if buffer is not None and moved.momentum:
+                    buffers[names[parameter]] = buffer
     _refuse_strangers(rules, parameters)
     return Takeover(rules, buffers)
 
 
-def empty_(optimizer: torch.optim.Optimizer, taken: Takeover) -> None:
-    """Removes from `optimizer`, which is changed, what `take_over` read; its learning rates stay."""
-    for group in optimizer.param_groups:
-        group.update(momentum=0.0, nesterov=False, weight_decay=0.0)
-        for parameter in group["params"]:
-            optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
+def empty_(optimizers: Sequence[torch.optim.Optimizer], taken: Takeover) -> None:
+    """Removes from `optimizers`, which are changed, what `take_over` read; their learning rates stay."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.update(momentum=0.0, nesterov=False, weight_decay=0.0)
+            for parameter in group["params"]:
+                optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
     used = sorted({(rule.momentum, rule.nesterov, rule.weight_decay) for rule in taken.rules.values()})
     _log.info("momentum, Nesterov and weight decay moved from the optimizer into the residual: %s", used)
 
@@ -76,10 +145,16 @@ def refuse_return(optimizer: torch.optim.Optimizer) -> None:
 
 
 def leave_in_place(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, Parameter], *, clip: float | None
+    optimizers: Sequence[torch.optim.Optimizer], parameters: dict[str, Parameter], *, clip: float | None
 ) -> Takeover:
-    """Plain error feedback under an optimizer that keeps its own moments and weight decay."""
-    owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    """Plain error feedback under optimizers that keep their own moments and weight decay."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "optimizer LBFGS: it evaluates the loss several times a step, and each would be exchanged and change "
+                "the residual; use an optimizer with one gradient a step"
+            )
+    owned = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     rules = {
         name: Rule(momentum=0.0, masking=False, clip=clip)
         for name, parameter in parameters.items()

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,11 +44,14 @@ class Residual:
     """u and v of one parameter, flat float32 in the order of the parameter's storage.
 
     `settled`: v is zero and u is the same on every rank, as after a dense step. True for a new residual.
+    `threshold`: smallest magnitude selected last, `growth` its ratio to the one before: a guess for the next step,
+    which decides how fast, not what, is selected.
     """
 
     def __init__(self, n: int, rule: Rule, device: torch.device) -> None:
         self.rule = rule
         self.settled = True
+        self.threshold, self.growth = 0.0, 1.0
         self.v, self.next_v = torch.zeros(n, device=device), torch.zeros(n, device=device)
         size = n if rule.momentum else 0
         self.u, self.next_u = torch.zeros(size, device=device), torch.zeros(size, device=device)
@@ -71,16 +75,21 @@ class Residual:
         self.settled = settled
 
 
-def local_gradient(g: Tensor, w: Tensor, rule: Rule, num_workers: int) -> Tensor:
-    """g, clipped, with weight decay: float32, a new tensor unless neither applies to a float32 g."""
+def clip_factor(g: Tensor, rule: Rule, num_workers: int) -> Tensor | float:
+    """What a local gradient g is multiplied with before accumulation; 1.0 without clipping."""
+    if rule.clip is None:
+        return 1.0
+    norm = torch.linalg.vector_norm(g, dtype=torch.float32)
+    scale = rule.clip / (math.sqrt(num_workers) * norm)
+    return torch.where(norm > 0, scale.clamp(max=1.0), torch.ones_like(norm))
+
+
+def decayed(g: Tensor, w: Tensor, rule: Rule, factor: Tensor | float = 1.0) -> Tensor:
+    """factor * g with weight decay: float32, a new tensor unless neither changes a float32 g."""
     g = g.to(torch.float32)
-    if rule.clip is not None:
-        norm = torch.linalg.vector_norm(g)
-        scale = rule.clip / (math.sqrt(num_workers) * norm)
-        g = g * torch.where(norm > 0, scale.clamp(max=1.0), torch.ones_like(norm))
-    if rule.weight_decay:
-        g = g.add(w, alpha=rule.weight_decay)
-    return g
+    if isinstance(factor, Tensor) or factor != 1.0:
+        g = g * factor
+    return g.add(w, alpha=rule.weight_decay) if rule.weight_decay else g
 
 
 def accumulate(residual: Residual, g: Tensor) -> None:
@@ -98,8 +107,16 @@ def velocity(residual: Residual, g: Tensor) -> Tensor:
     return g.add(residual.next_u, alpha=rule.momentum) if rule.nesterov else residual.next_u
 
 
-def remove_sent(residual: Residual, indices: Tensor, sent: Tensor) -> None:
+class Buffers(Protocol):
+    """What a step is written to: a residual's own next buffers, or a copy of several residuals'."""
+
+    next_u: Tensor
+    next_v: Tensor
+    rule: Rule
+
+
+def remove_sent(residual: Buffers, indices: Tensor, sent: Tensor) -> None:
     """Takes `sent` (k,) float32, as receivers decode it, out of next_v at `indices` (k,) int64; masks next_u."""
-    residual.next_v[indices] -= sent
+    residual.next_v.index_add_(0, indices, sent, alpha=-1)
     if residual.rule.masking and residual.rule.momentum:
-        residual.next_u[indices] = 0.0
+        residual.next_u.index_fill_(0, indices, 0.0)

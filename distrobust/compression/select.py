@@ -37,26 +37,36 @@ def exact_top_k(values: Tensor, k: int) -> Tensor:
     """Indices (k,) int64, ascending, of the k largest magnitudes in `values` (n,) float32 without NaN."""
     if values.device.type != "cpu":
         return torch.topk(values.abs(), k, sorted=False).indices.sort().values
-    return torch.from_numpy(_exact(np.abs(values.numpy()), k))
+    return torch.from_numpy(exact(np.abs(values.numpy()), k))
+
+
+def sample_stride(n: int, k: int) -> int:
+    """Stride of a sample in which the k largest of n have at least SAMPLE_HITS members; below 2: not worth it."""
+    return min(SAMPLE_STRIDE, k // SAMPLE_HITS, n // k)
+
+
+def sampled_threshold(sample: _Floats, k: int, stride: int) -> float:
+    """A magnitude that a little more than k of the values reach of which `sample` holds every stride-th.
+
+    Reorders it.
+    """
+    rank = min(int(SLACK * k / stride), len(sample) - 1)
+    sample.partition(len(sample) - 1 - rank)
+    return float(sample[len(sample) - 1 - rank])
 
 
 def sampled_top_k(values: Tensor, k: int) -> Tensor:
     """The same set as `exact_top_k`, with a threshold from a strided sample in front of the exact step."""
-    n = values.numel()
-    stride = min(SAMPLE_STRIDE, k // SAMPLE_HITS, n // k)
+    stride = sample_stride(values.numel(), k)
     if stride < 2:
         return exact_top_k(values, k)
     if values.device.type != "cpu":
         return _sampled_on_device(values, k, stride)
     magnitude = np.abs(values.numpy())
-    sample = np.sort(magnitude[::stride])[::-1]
-    rank = int(SLACK * k / stride)
-    while rank < len(sample):
-        survivors = np.flatnonzero(magnitude >= sample[rank])
-        if len(survivors) >= k:
-            return torch.from_numpy(survivors[_exact(magnitude[survivors], k)])
-        rank *= 2
-    return torch.from_numpy(_exact(magnitude, k))
+    survivors = np.flatnonzero(magnitude >= sampled_threshold(magnitude[::stride].copy(), k, stride))
+    if len(survivors) >= k:
+        return torch.from_numpy(survivors[exact(magnitude[survivors], k)])
+    return torch.from_numpy(exact(magnitude, k))
 
 
 def _sampled_on_device(values: Tensor, k: int, stride: int) -> Tensor:
@@ -71,7 +81,8 @@ def _sampled_on_device(values: Tensor, k: int, stride: int) -> Tensor:
     return exact_top_k(values, k)
 
 
-def _exact(magnitude: _Floats, k: int) -> _Indices:
+def exact(magnitude: _Floats, k: int) -> _Indices:
+    """Ascending positions (k,) of the k largest of `magnitude` (n,), without NaN."""
     n = len(magnitude)
     if k == n:
         return np.arange(n)

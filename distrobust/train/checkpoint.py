@@ -92,11 +92,22 @@ def size_bytes(root: Path, position: Position) -> int:
     return sum(file.stat().st_size for file in (root / position.directory_name).iterdir())
 
 
-def load(root: Path, transport: Transport) -> tuple[Position, dict[str, Any], dict[str, Any]] | None:
-    """Called by every rank. The newest checkpoint that is whole on all ranks: (position, shared, own), or None.
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint as one rank reads it. `own` holds this rank's state, or every rank's, in rank order, if
+    `was_resized`: it was written by another number of ranks."""
+
+    position: Position
+    shared: dict[str, Any]
+    own: list[dict[str, Any]]
+    was_resized: bool
+
+
+def load(root: Path, transport: Transport) -> Loaded | None:
+    """Called by every rank. The newest checkpoint that is whole on all ranks, or None.
 
     A damaged one is named in the log and the one before is taken. Raises CheckpointError if there are checkpoints but
-    none is usable, or if they are of another number of ranks.
+    none is usable.
     """
     candidates = sorted((p for p in root.glob("[0-9]-*") if p.is_dir()), reverse=True) if root.exists() else []
     damaged: list[Path] = []
@@ -166,17 +177,15 @@ def _prune(root: Path, keep: int) -> None:
         shutil.rmtree(abandoned, ignore_errors=True)
 
 
-def _read(directory: Path, transport: Transport) -> tuple[Position, dict[str, Any], dict[str, Any]]:
+def _read(directory: Path, transport: Transport) -> Loaded:
     manifest = json.loads((directory / "manifest.json").read_text())
-    if manifest["num_ranks"] != transport.num_ranks:
-        raise CheckpointError(
-            f"{directory} was written by {manifest['num_ranks']} workers, this run has {transport.num_ranks}: "
-            "residuals belong to a rank; continue with the same cluster.workers"
-        )
+    resized = manifest["num_ranks"] != transport.num_ranks
+    ranks = range(manifest["num_ranks"]) if resized else [transport.rank]
     contents = []
-    for name in ("shared.pt", f"rank-{transport.rank}.pt"):
+    for name in ("shared.pt", *(f"rank-{rank}.pt" for rank in ranks)):
         data = (directory / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
             raise ValueError(f"{name} does not match its digest")
         contents.append(torch.load(io.BytesIO(data), weights_only=True))
-    return Position(manifest["ordinal"], manifest["phase"], manifest["step"]), contents[0], contents[1]
+    position = Position(manifest["ordinal"], manifest["phase"], manifest["step"])
+    return Loaded(position, contents[0], contents[1:], resized)

@@ -110,19 +110,18 @@ class _Job:
                     "python": platform.python_version(),
                 },
                 "restarts": self.earlier_starts,
-                "resumed_step": restored[0].step if restored else 0,
-                "resumed_phase": restored[0].phase if restored else None,
+                "resumed_step": restored.position.step if restored else 0,
+                "resumed_phase": restored.position.phase if restored else None,
             }
         )
         for text in self.notices:
             self._emit({"event": "notice", "text": text})
         for ordinal, (name, phase) in enumerate(zip(PHASES, phases, strict=True)):
-            if phase is None or (restored is not None and restored[0].ordinal > ordinal):
+            if phase is None or (restored is not None and restored.position.ordinal > ordinal):
                 continue
             state = self._state(net, Position(ordinal, name, 0), phase)
-            if restored is not None and restored[0].ordinal == ordinal:
-                state.load(*restored[1:])
-                state.position = restored[0]
+            if restored is not None and restored.position.ordinal == ordinal:
+                state.load(restored)
             self._emit(
                 {
                     "event": "phase",

@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distrobust.comm.hook import attach
+from distrobust.comm.resize import resize
 from distrobust.comm.state import Compression
 from distrobust.comm.transport import Transport
 from distrobust.config import CompressConfig, NoiseConfig, PhaseConfig
 from distrobust.optim.noise import TemporalNoise
-from distrobust.train.checkpoint import Position
+from distrobust.train.checkpoint import Loaded, Position
 
 
 @dataclass
@@ -46,17 +47,25 @@ class TrainState:
             "noise": None if self.noise is None else self.noise.state_dict(),
         }
 
-    def load(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
-        self.compression.load_state_dict(own["compression"])
+    def load(self, loaded: Loaded) -> None:
+        """Continues from a checkpoint, also from one of another number of ranks."""
+        own = loaded.own[0]
+        compression = own["compression"]
+        if loaded.was_resized:
+            place = self.compression.settings.transport
+            own = loaded.own[place.rank % len(loaded.own)]  # batch-norm statistics and the last gradient, for its noise
+            compression = resize([one["compression"] for one in loaded.own], place.rank, place.num_ranks)
+        self.compression.load_state_dict(compression)
         with torch.no_grad():
             for name, parameter in self.net.named_parameters():
-                parameter.copy_(shared["parameters"][name])
+                parameter.copy_(loaded.shared["parameters"][name])
             for name, buffer in self.net.named_buffers():
                 buffer.copy_(own["buffers"][name])
-        self.optimizer.load_state_dict(shared["optimizer"])
+        self.optimizer.load_state_dict(loaded.shared["optimizer"])
         if self.noise is not None:
             self.noise.load_state_dict(own["noise"])
-        self.samples = shared["samples"]
+        self.samples = loaded.shared["samples"]
+        self.position = loaded.position
 
 
 def make_state(
@@ -85,15 +94,9 @@ def make_state(
         optimizer,
         chosen.density,
         num_steps=num_steps,
-        warmup=chosen.warmup,
-        ladder=chosen.ladder,
-        values=chosen.values,
-        selector=chosen.selector,
-        masking=chosen.masking,
-        clip=chosen.clip,
-        fuse_below=chosen.fuse_below,
+        **chosen.model_dump(exclude={"density"}),
         observer=estimator,
-        transport=transport,
+        transport=None if chosen.exchange in ("auto", "hierarchical") else transport,
     )
     return TrainState(position, net, ddp, optimizer, compression, estimator)
 

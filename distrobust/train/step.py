@@ -69,6 +69,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
 
     state.ddp.train()
     state.optimizer.zero_grad(set_to_none=True)
+    state.compression.step_ahead()  # before the attack: it should meet the weights that learn from it
     forward_started = started
 
     def forward(inputs: Tensor) -> Tensor:

@@ -200,3 +200,20 @@ def test_a_users_mistake_found_by_a_ray_worker_is_one_line_and_exit_code_2(job_f
     assert process.returncode == 2
     assert output.strip().splitlines()[-1].startswith("distrobust: train.batch_size: global batch size is 33, wanted")
     assert "Traceback" not in output
+
+
+@pytest.mark.procs
+@pytest.mark.timeout(300)
+def test_a_run_continues_with_another_number_of_workers(job_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _train(job_file, "--launcher", "torchrun")
+    _wait_for(lambda: any(r["step"] >= 7 for r in _records(run, "step")))
+    process.send_signal(signal.SIGINT)
+    output = _finish(process)
+    assert process.returncode == 130, output
+    process = _train(job_file, "--launcher", "local", "--set", "cluster.workers=1")
+    output = _finish(process)
+    assert process.returncode == 0, output
+    assert [r["world_size"] for r in _records(run, "run")] == [2, 1]
+    assert _records(run, "run")[-1]["resumed_step"] >= 7
+    assert _records(run, "step")[-1]["step"] == 16

@@ -10,7 +10,7 @@ from harness.training import Worker, residuals, same, worker
 from torch import Tensor, nn
 
 import distrobust
-from distrobust.compression.warmup import Warmup
+from distrobust.compression.density import Schedule
 
 pytestmark = pytest.mark.ranks
 
@@ -286,7 +286,7 @@ def test_a_parameter_no_rank_used_keeps_its_residual_over_the_step_that_turns_de
         for step in range(3):
             step_on_branches(ours, step, "left right")
         kept, parameters = residuals(ours.state), ours.parameters()
-        ours.state.density = Warmup(1.0)
+        ours.state.density = Schedule(1.0)
         step_on_branches(ours, 3, "left")
         assert same(of("right", residuals(ours.state)), of("right", kept))
         assert not ours.state.residuals["left.weight"].v.any()

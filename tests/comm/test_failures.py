@@ -8,7 +8,7 @@ from harness.ranks import Rank, run_ranks
 from harness.training import residuals, same, worker
 from torch import Tensor
 
-from distrobust.comm.transport import Transport
+from distrobust.comm.transport import Local, Request, Transport
 from distrobust.errors import CodecError, CommError
 
 pytestmark = pytest.mark.ranks
@@ -21,14 +21,14 @@ class Damaging(Transport):
 
     damage: Damage | None = None
 
-    def all_gather(self, message: Tensor) -> torch.futures.Future[Tensor]:
+    def issue(self, request: Request | Local) -> torch.futures.Future[Tensor]:
         def result(future: torch.futures.Future[Tensor]) -> Tensor:
             received = future.value()
             if self.damage is not None:
                 self.damage(received[1])
             return received
 
-        return super().all_gather(message).then(result)
+        return super().issue(request).then(result)
 
 
 DAMAGES: dict[str, Damage] = {

@@ -9,7 +9,7 @@ from harness.ranks import Rank, run_ranks
 from harness.training import Worker, batch, residuals, same, worker
 from torch import Tensor, nn
 
-from distrobust.comm.transport import Transport
+from distrobust.comm.transport import AllGather, AllReduce, Local, Request, Transport
 from distrobust.compression.codec import VALUE_CODES
 
 pytestmark = pytest.mark.ranks
@@ -148,13 +148,10 @@ class Counting(Transport):
         self.gathers: list[int] = []
         self.reduces: list[int] = []
 
-    def all_gather(self, message: Tensor) -> torch.futures.Future[Tensor]:
-        self.gathers.append(message.numel())
-        return super().all_gather(message)
-
-    def all_reduce(self, tensor: Tensor) -> torch.futures.Future[Tensor]:
-        self.reduces.append(tensor.numel())
-        return super().all_reduce(tensor)
+    def issue(self, request: Request | Local) -> torch.futures.Future[Tensor]:
+        assert isinstance(request, AllGather | AllReduce)
+        (self.gathers if isinstance(request, AllGather) else self.reduces).append(request.tensor.numel())
+        return super().issue(request)
 
 
 @pytest.mark.parametrize("density", [0.02, 1.0])

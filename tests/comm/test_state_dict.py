@@ -88,7 +88,7 @@ def _deeper() -> nn.Module:
 Change = Callable[[dict[str, Any]], object]
 CHANGES: dict[str, tuple[Change, str]] = {
     "rank": (lambda state: state.update(rank=1), "residual of rank 1 of 2, this is rank 0 of 2"),
-    "world size": (lambda state: state.update(num_ranks=4), "rank 0 of 4, this is rank 0 of 2.*same number of workers"),
+    "world size": (lambda state: state.update(num_ranks=4), "rank 0 of 4, this is rank 0 of 2.*distrobust.resize"),
     "a parameter is missing": (
         lambda state: state["residuals"].pop("2.bias"),
         "residuals of another model: 1 parameters differ, first '2.bias'",

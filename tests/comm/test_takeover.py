@@ -180,7 +180,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "selector": ({"selector": "Exact"}, r"compress.selector: got 'Exact', wanted one of exact, sampled"),
     "momentum": ({"momentum": "none"}, r"compress.momentum: got 'none', wanted one of residual, optimizer"),
     "warmup": ({"warmup": 1.5}, r"compress.warmup: got 1.5, wanted a share of the run from 0 to 1"),
-    "num_steps": ({"num_steps": -10}, r"compress.warmup: got -2 steps"),
+    "num_steps": ({"num_steps": -10}, r"compress: got -2 warmup_steps"),
     "clip": ({"clip": -1.0}, r"compress.clip: got -1.0, wanted a norm above 0"),
     "ladder": ({"ladder": (0.5, 2.0)}, r"compress.density: got 2.0"),
 }

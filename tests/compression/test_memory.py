@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distrobust.compression.memory import Residual, Rule, accumulate, local_gradient, remove_sent
+from distrobust.compression.memory import Residual, Rule, accumulate, clip_factor, decayed, remove_sent
 from distrobust.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -127,39 +127,79 @@ def test_momentum_zero_is_plain_error_feedback_and_keeps_no_velocity() -> None:
     assert torch.equal(residual.v, first + second)
 
 
+def clipped(g: Tensor, rule: Rule, num_workers: int) -> Tensor:
+    return decayed(g, torch.zeros(N), rule, clip_factor(g, rule, num_workers))
+
+
 @given(st.floats(1e-3, 1e3), st.integers(1, 64), st.floats(1e-6, 1e6))
 def test_clipping_bounds_the_norm_by_threshold_over_root_n_and_keeps_the_direction(
     clip: float, num_workers: int, size: float
 ) -> None:
     g = gradients(1)[0] * size
-    clipped = local_gradient(g, torch.zeros(N), Rule(clip=clip), num_workers)
+    ours = clipped(g, Rule(clip=clip), num_workers)
     bound = clip / math.sqrt(num_workers)
     norm = float(torch.linalg.vector_norm(g))
     # norm, quotient and product round once each, and the norm's sum of 50 squares a few times more: 2^-20
-    assert float(torch.linalg.vector_norm(clipped)) <= bound * (1 + 2.0**-20)
-    torch.testing.assert_close(clipped, g * min(1.0, bound / norm), rtol=2.0**-20, atol=0)
+    assert float(torch.linalg.vector_norm(ours)) <= bound * (1 + 2.0**-20)
+    torch.testing.assert_close(ours, g * min(1.0, bound / norm), rtol=2.0**-20, atol=0)
     if norm <= bound * (1 - 2.0**-20):
-        assert torch.equal(clipped, g)
+        assert torch.equal(ours, g)
 
 
 def test_clipping_a_zero_gradient_gives_zero() -> None:
-    assert not local_gradient(torch.zeros(N), torch.zeros(N), Rule(clip=1.0), 4).any()
+    assert not clipped(torch.zeros(N), Rule(clip=1.0), 4).any()
+
+
+def test_without_clipping_the_factor_is_one() -> None:
+    assert clip_factor(torch.ones(N), Rule(), 4) == 1.0
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_clipping_does_not_hide_a_gradient_that_is_not_finite(poison: float) -> None:
+    g = gradients(1)[0]
+    g[7] = poison
+    assert not torch.isfinite(clipped(g, Rule(clip=1.0), 2)[7])
 
 
 def test_weight_decay_is_added_after_clipping() -> None:
     """Clipping bounds the gradient of the loss, as clip_grad_norm_ before an optimizer with weight decay does."""
     g, w = gradients(2)
     rule = Rule(weight_decay=0.1, clip=0.01)
-    expected = local_gradient(g, w, Rule(clip=0.01), 1).add(w, alpha=0.1)
-    assert torch.equal(local_gradient(g, w, rule, 1), expected)
+    expected = clipped(g, Rule(clip=0.01), 1).add(w, alpha=0.1)
+    assert torch.equal(decayed(g, w, rule, clip_factor(g, rule, 1)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_what_is_accumulated_is_float32_whatever_the_gradient_is(dtype: torch.dtype, weight_decay: float) -> None:
+    g, w = (t.to(dtype) for t in gradients(2))
+    made = decayed(g, w, Rule(weight_decay=weight_decay))
+    assert made.dtype == torch.float32
+    # one product and one sum, both below 8
+    torch.testing.assert_close(made, g.float() + weight_decay * w.float(), rtol=0, atol=2 * 8 * 2.0**-24)
 
 
 def test_the_gradient_handed_in_is_not_changed() -> None:
     g, w = gradients(2)
     before = g.clone()
     residual = Residual(N, Rule(0.9, nesterov=True, weight_decay=0.1, clip=1.0), CPU)
-    accumulate(residual, local_gradient(g, w, residual.rule, 2))
+    accumulate(residual, decayed(g, w, residual.rule, clip_factor(g, residual.rule, 2)))
     assert torch.equal(g, before)
+
+
+def test_from_one_settled_step_to_the_next_v_is_untouched_and_u_moves_on() -> None:
+    residual = Residual(N, Rule(0.5), CPU)
+    zero = residual.v
+    for g in gradients(2):
+        accumulate(residual, g)
+        residual.commit(settled=True)
+        assert residual.v is zero
+        assert residual.settled
+    assert bool(residual.u.any())
+    accumulate(residual, gradients(1)[0])
+    residual.commit(settled=False)
+    assert residual.v is not zero
+    assert not residual.settled
 
 
 @pytest.mark.parametrize(("u", "v"), [(0, N), (N, N + 1), (N + 1, N), (N, 0)])

@@ -1,163 +1,506 @@
-"""The laws every code of a payload obeys. A new value code is one row of VALUE_CODES."""
+"""The laws every code of a payload obeys. A new code is one row of VALUE_CODES or INDEX_CODES."""
 
+import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from harness.payloads import block_lists, index_sets, joined, kinds, seeds, values_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distrobust.compression import codec
-from distrobust.compression.codec import VALUE_CODES, ValueCode
+from distrobust.compression import bits, codec, indices
+from distrobust.compression.codec import INDEX_CODES, VALUE_CODES, Code, Space
 from distrobust.compression.memory import Residual, Rule, accumulate, remove_sent
-from distrobust.compression.select import exact_top_k
+from distrobust.compression.select import exact_top_k, num_selected
+from distrobust.compression.values import LARGEST
 from distrobust.errors import CodecError
 
-each_code = pytest.mark.parametrize("code", VALUE_CODES.values(), ids=VALUE_CODES.keys())
-FP32, FP16 = VALUE_CODES["fp32"], VALUE_CODES["fp16"]
+CODES = {f"{v}-{i}": Code(VALUE_CODES[v], INDEX_CODES[i]) for v in VALUE_CODES for i in INDEX_CODES}
+each_code = pytest.mark.parametrize("code", CODES.values(), ids=CODES.keys())
+each_index_code = pytest.mark.parametrize("index_code", INDEX_CODES.values(), ids=INDEX_CODES.keys())
+each_value_code = pytest.mark.parametrize("name", VALUE_CODES)
+EXACT = ("fp32", "fp16", "bf16")  # fewer bits of the same number: what is cut off is a float32 itself
+BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "4bit": 4, "2bit": 2, "sign": 1}
+few = settings(max_examples=15)  # of each of fourteen codes
 
 
-@st.composite
-def index_sets(draw: st.DrawFn) -> tuple[int, Tensor]:
-    """n and k of its indices, with n also beyond what int32 and float32 can hold."""
-    n = draw(st.integers(1, 40) | st.integers(1, 5000) | st.integers(1, 2**40))
-    if n <= 40:
-        k = draw(st.just(1) | st.just(n) | st.integers(1, n))
-        chosen = set(draw(st.permutations(range(n)))[:k])
-    else:
-        chosen = draw(st.sets(st.sampled_from([0, n - 1]) | st.integers(0, n - 1), min_size=1, max_size=60))
-    return n, torch.tensor(sorted(chosen))
+def is_subset(some: Tensor, of: Tensor) -> bool:
+    return bool(torch.isin(some, of).all())
 
 
-def values_of(kind: str, k: int, seed: int) -> Tensor:
-    rng = np.random.default_rng(seed)
-    signs = rng.choice([-1.0, 1.0], k)
-    made = {
-        "normal": lambda: rng.standard_normal(k),
-        "1e-30 to 1e30": lambda: signs * 10 ** rng.uniform(-30, 30, k),
-        "tiny": lambda: signs * 10 ** rng.uniform(-45, -30, k),  # float32 denormals among them
-        "huge": lambda: signs * 10 ** rng.uniform(30, 38.4, k),
-        "zeros": lambda: np.zeros(k),
-        "some zeros": lambda: rng.standard_normal(k) * (rng.random(k) < 0.5),
-    }[kind]()
-    return torch.from_numpy(made.astype(np.float32))
-
-
-values_and_kinds = st.sampled_from(["normal", "1e-30 to 1e30", "tiny", "huge", "zeros", "some zeros"])
-seeds = st.integers(0, 2**32 - 1)
+# ---- payloads, over every pair of codes ----
 
 
 @each_code
-@given(index_sets(), values_and_kinds, seeds)
+@few
+@given(block_lists(), kinds)
 def test_receivers_decode_what_encode_said_they_would(
-    code: ValueCode, case: tuple[int, Tensor], kind: str, seed: int
+    code: Code, case: tuple[list[tuple[int, Tensor]], int], kind: str
 ) -> None:
-    n, indices = case
-    k = len(indices)
-    payload, sent = codec.encode(indices, values_of(kind, k, seed), n, code)
-    decoded_indices, decoded_values = codec.decode(payload, n, k, code)
-    assert torch.equal(decoded_indices, indices)
+    blocks, seed = case
+    space, chosen = joined(blocks)
+    payload, kept, sent = codec.encode(chosen, values_of(kind, space.k, seed), space, code)
+    decoded_indices, decoded_values = codec.decode(payload, space, code)
+    assert torch.equal(decoded_indices, kept)
     assert torch.equal(decoded_values, sent)
     assert decoded_values.dtype == torch.float32
+    assert len(kept) >= 1
+    assert is_subset(kept, chosen)
+    assert code.indices.name == "rice" or torch.equal(kept, chosen)
 
 
 @each_code
-@given(index_sets(), values_and_kinds, seeds)
-def test_length_depends_on_n_and_k_alone(code: ValueCode, case: tuple[int, Tensor], kind: str, seed: int) -> None:
-    n, indices = case
-    payload, _ = codec.encode(indices, values_of(kind, len(indices), seed), n, code)
+@few
+@given(index_sets(), kinds, seeds)
+def test_one_block_of_any_size_is_decoded_too(code: Code, case: tuple[int, Tensor], kind: str, seed: int) -> None:
+    n, chosen = case
+    space = Space(n, (len(chosen),))
+    payload, kept, sent = codec.encode(chosen, values_of(kind, len(chosen), seed), space, code)
+    decoded_indices, decoded_values = codec.decode(payload, space, code)
+    assert torch.equal(decoded_indices, kept)
+    assert torch.equal(decoded_values, sent)
+
+
+@each_code
+@few
+@given(block_lists(), kinds)
+def test_length_depends_on_the_space_alone(code: Code, case: tuple[list[tuple[int, Tensor]], int], kind: str) -> None:
+    blocks, seed = case
+    space, chosen = joined(blocks)
+    payload, _, _ = codec.encode(chosen, values_of(kind, space.k, seed), space, code)
     assert payload.dtype == torch.uint8
-    assert payload.numel() == codec.num_bytes(n, len(indices), code)
+    assert payload.numel() == codec.num_bytes(space, code)
 
 
 @each_code
-@given(values_and_kinds, seeds, st.integers(1, 300), st.floats(0.001, 1.0), st.sampled_from([0.0, 0.5, 0.9]))
-def test_sent_plus_kept_equals_accumulated(
-    code: ValueCode, kind: str, seed: int, n: int, density: float, momentum: float
+@few
+@given(block_lists(), kinds)
+def test_values_are_finite_and_no_larger_than_twice_the_largest_of_their_block(
+    code: Code, case: tuple[list[tuple[int, Tensor]], int], kind: str
 ) -> None:
-    """Exactly, for five steps: the difference of a float32 and its rounding to fewer bits is a float32 (Sterbenz)."""
-    k = max(1, int(density * n))
-    residual = Residual(n, Rule(momentum=momentum), torch.device("cpu"))
+    """Twice: the highest level of a few, next to the largest value, and a scale rounded up. 1e-40: bf16's smallest
+    scale.
+    """
+    blocks, seed = case
+    space, chosen = joined(blocks)
+    values = values_of(kind, space.k, seed)
+    _, kept, sent = codec.encode(chosen, values, space, code)
+    assert bool(torch.isfinite(sent).all())
+    ends = torch.tensor([*space.starts, space.n])
+    for start, end in itertools.pairwise(ends):
+        before, after = ((chosen >= start) & (chosen < end)), ((kept >= start) & (kept < end))
+        largest = float(values[before].abs().max())
+        assert bool((sent[after].abs() <= max(2 * largest, 1e-40)).all())
+
+
+@each_code
+@few
+@given(kinds, seeds, st.lists(st.integers(1, 300), min_size=1, max_size=3), st.floats(0.001, 1.0))
+def test_sent_plus_kept_equals_accumulated(code: Code, kind: str, seed: int, sizes: list[int], density: float) -> None:
+    """For five steps. fp32, fp16, bf16: exactly, since the difference of a float32 and its rounding to fewer bits is a
+    float32 (Sterbenz). Scaled codes: `kept` is the difference rounded once, by at most 2^-24 of it, or half of the
+    smallest denormal, 2^-150.
+    """
+    starts = tuple(sum(sizes[:i]) for i in range(len(sizes)))
+    counts = tuple(num_selected(n, density) for n in sizes)
+    space = Space(sum(sizes), counts, starts)
+    residual = Residual(space.n, Rule(momentum=seed % 2 * 0.5), torch.device("cpu"))
     for step in range(5):
-        scale = 2.0**-8 if kind == "huge" else 1.0  # room to add five of them
-        accumulate(residual, values_of(kind, n, seed + step) * scale)
+        scale = 2.0**-8 if kind in ("huge", "everything") else 1.0  # room to add five of them
+        accumulate(residual, values_of(kind, space.n, seed + step) * scale)
         accumulated = residual.next_v.clone()
-        indices = exact_top_k(accumulated, k)
-        _, sent = codec.encode(indices, accumulated[indices], n, code)
-        remove_sent(residual, indices, sent)
-        total = residual.next_v.double()
-        total[indices] += sent.double()
-        assert torch.equal(total, accumulated.double())
+        pieces = zip(accumulated.split(sizes), counts, starts, strict=True)
+        chosen = torch.cat([exact_top_k(piece, k) + start for piece, k, start in pieces])
+        _, kept, sent = codec.encode(chosen, accumulated[chosen], space, code)
+        remove_sent(residual, kept, sent)
+        left = accumulated.double()
+        left[kept] -= sent.double()
+        difference = (residual.next_v.double() - left).abs()
+        if code.values.name in EXACT:
+            assert not bool(difference.any())
+        assert bool((difference <= 2.0**-24 * left.abs() + 2.0**-150).all())
         assert bool(torch.isfinite(residual.next_v).all())
         residual.commit(settled=False)
+
+
+@each_code
+@few
+@given(block_lists(), st.integers(-9, 9).filter(bool))
+def test_a_payload_of_another_length_is_refused(
+    code: Code, case: tuple[list[tuple[int, Tensor]], int], change: int
+) -> None:
+    space, chosen = joined(case[0])
+    payload, _, _ = codec.encode(chosen, values_of("normal", space.k, 0), space, code)
+    other = payload[:change] if change < 0 else torch.cat([payload, payload.new_zeros(change)])
+    text = rf"payload of {len(other)} bytes, expected {len(payload)} for {space.k} of {space.n}"
+    with pytest.raises(CodecError, match=text):
+        codec.decode(other, space, code)
+
+
+@each_code
+@few
+@given(block_lists(most=3), seeds)
+def test_noise_is_refused_or_decodes_to_ascending_indices_in_range(
+    code: Code, case: tuple[list[tuple[int, Tensor]], int], seed: int
+) -> None:
+    """Behind the checksum, which noise passes once in 2^32: nothing else may be raised, and nothing out of range
+    written.
+    """
+    space, _ = joined(case[0])
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(256, (codec.num_bytes(space, code),), generator=generator, dtype=torch.uint8)
+    try:
+        decoded, values = codec.decode(noise, space, code)
+    except CodecError:
+        return
+    assert decoded.numel() == values.numel()
+    assert decoded.numel() <= space.k
+    assert bool((decoded.diff() > 0).all())
+    assert 0 <= int(decoded[0]) <= int(decoded[-1]) < space.n
+
+
+@each_value_code
+@few
+@given(block_lists(), kinds, st.data())
+def test_values_do_not_depend_on_how_blocks_are_put_into_messages(
+    name: str, case: tuple[list[tuple[int, Tensor]], int], kind: str, data: st.DataObject
+) -> None:
+    """To the bit. Elias-Fano, which leaves nothing out."""
+    blocks, seed = case
+    code = Code(VALUE_CODES[name], INDEX_CODES["elias_fano"])
+    sizes = [len(chosen) for _, chosen in blocks]
+    # the magnitudes of one block say nothing about the next one's
+    scales = [10.0 ** data.draw(st.sampled_from([0, -20, 12])) for _ in blocks] if kind == "normal" else [1.0] * 9
+    values = [values_of(kind, k, seed + i) * scales[i] for i, k in enumerate(sizes)]
+    alone = []
+    for block, own in zip(blocks, values, strict=True):
+        space, chosen = joined([block])
+        alone.append(codec.encode(chosen, own, space, code)[2])
+    cut = data.draw(st.integers(0, len(blocks)))
+    for first, last in ((0, cut), (cut, len(blocks))):
+        if first < last:
+            space, chosen = joined(blocks[first:last])
+            together = codec.encode(chosen, torch.cat(values[first:last]), space, code)[2]
+            assert torch.equal(together, torch.cat(alone[first:last]))
+
+
+# ---- value codes ----
 
 
 @given(st.floats(-30, 30), seeds)
 def test_fp16_keeps_eleven_bits_wherever_the_largest_value_lies(exponent: float, seed: int) -> None:
     """Within 2^-13 of the largest value, half a unit in the last place is at most 2^-11 of the value itself."""
     values = values_of("normal", 200, seed).clamp(-3, 3) * 10.0**exponent
-    coded = FP16.decode(FP16.encode(values))
+    _, _, coded = codec.encode(torch.arange(200), values, Space(200, (200,)), Code(VALUE_CODES["fp16"]))
     kept = values.abs() > values.abs().max() * 2.0**-13
     assert bool(((coded - values).abs() <= values.abs() * 2.0**-11)[kept].all())
 
 
+def relative_error(name: str, values: Tensor) -> float:
+    k = len(values)
+    _, _, coded = codec.encode(torch.arange(k), values, Space(k, (k,)), Code(VALUE_CODES[name]))
+    return float((coded - values).double().norm() / values.double().norm())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_errors_of_the_value_codes_on_a_heavy_tail(seed: int, scale: float) -> None:
+    """20,000 magnitudes 1 + E with E exponential: mean square 5, largest about 1 + ln 20,000 = 10.9, once in 20 13.
+
+    Uniform rounding with step D has the error D / sqrt(12). int8: D = 13 (1 + 2^-7) / 127. L fitted levels have, for a
+    density f, at best (integral of f^(1/3))^3 / (12 L^2) = 27 / (12 L^2) (Panter and Dite 1951), from above for L >= 2;
+    fitting to 512 of them costs some per cent. One level: the deviation of E, 1. bf16 rounds to 2^-9 at most, fp16
+    2^-12 but for the bits above the largest value.
+    """
+    values = values_of("heavy tail", 20_000, seed) * scale
+    errors = {name: relative_error(name, values) for name in VALUE_CODES}
+    bounds = {
+        "fp32": 0.0,
+        "fp16": 2.0**-11,
+        "bf16": 2.0**-9,
+        "int8": 13 * (1 + 2.0**-7) / 127 / math.sqrt(12 * 5),
+        "4bit": 1.05 * math.sqrt(27 / (12 * 8**2) / 5),
+        "2bit": 1.05 * math.sqrt(27 / (12 * 2**2) / 5),
+        "sign": 1.02 / math.sqrt(5),
+    }
+    assert all(errors[name] <= bounds[name] for name in VALUE_CODES), errors
+    assert list(errors.values()) == sorted(errors.values())  # each with more bits than the next
+    top = values.abs().max()
+    grid = (values.abs() / top * 8).floor().clamp(max=7).add(0.5) / 8 * top
+    uniform = float((grid - values.abs()).norm() / values.norm())
+    assert errors["4bit"] < uniform / 2
+
+
+@pytest.mark.parametrize("name", ["4bit", "2bit"])
+@pytest.mark.parametrize("k", [20, 511])
+def test_blocks_too_small_to_be_fitted_are_coded_nearly_as_well(name: str, k: int) -> None:
+    """With the levels of a typical block; over 200 blocks, whose means differ from it by 1 / sqrt(k)."""
+    num_levels = {"4bit": 8, "2bit": 2}[name]
+    errors = [relative_error(name, values_of("heavy tail", k, seed)) for seed in range(200)]
+    assert np.mean(errors) < 1.2 * math.sqrt(27 / (12 * num_levels**2) / 5)
+
+
+@pytest.mark.parametrize("name", ["4bit", "2bit", "int8"])
+def test_a_giant_leaves_the_residual_within_a_few_steps(name: str) -> None:
+    """70,000 ones and a value of 1e9, as after a spike: 70,000 times the mean, which is beyond fp16, the type of
+    levels.
+    """
+    k = 70_000
+    left = torch.ones(k)
+    left[0] = 1e9
+    for _ in range(12):
+        _, _, sent = codec.encode(torch.arange(k), left, Space(k, (k,)), Code(VALUE_CODES[name]))
+        left = left - sent
+    assert float(left.abs().max()) < 1e8
+
+
+# ---- index codes ----
+
+
+def entropy_bits(n: int, k: int) -> float:
+    """log2 of the number of ways to choose k of n."""
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
+
+
+def resnet50() -> list[int]:
+    """Sizes of ResNet-50's 54 matrices, and all its biases and norms as one block: 25,557,032 in 55 blocks."""
+    sizes, channels = [64 * 3 * 49], 64
+    for width, num_blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(num_blocks):
+            sizes += [channels * width, width * width * 9, width * width * 4]
+            sizes += [channels * width * 4] if i == 0 else []
+            channels = width * 4
+    sizes.append(2048 * 1000)
+    return [*sizes, 25_557_032 - sum(sizes)]
+
+
+def resnet50_space(density: float) -> Space:
+    sizes = resnet50()
+    starts = tuple(sum(sizes[:i]) for i in range(len(sizes)))
+    return Space(sum(sizes), tuple(num_selected(n, density) for n in sizes), starts)
+
+
+ABOVE = {(0.01, "sign"), (0.0001, "2bit"), (0.0001, "sign")}  # Elias-Fano: half a bit too much beside so few
+
+
+@pytest.mark.parametrize("density", [0.01, 0.001, 0.0001])
+@each_value_code
+@each_index_code
+def test_a_payload_is_within_a_twentieth_of_the_floor(index_code: indices.IndexCode, name: str, density: float) -> None:
+    """Entropy of the index and bits of the value; all scales, tables and fillings included. Elias-Fano: within 6 %."""
+    space = resnet50_space(density)
+    assert (space.n, len(space.counts)) == (25_557_032, 55)
+    floor = entropy_bits(space.n, space.k) + BITS[name] * space.k
+    got = 8 * codec.num_bytes(space, Code(VALUE_CODES[name], index_code))
+    above = index_code.name == "elias_fano" and (density, name) in ABOVE
+    assert floor <= got <= (1.06 if above else 1.05) * floor
+    assert (got > 1.05 * floor) == above
+
+
 @given(index_sets())
-def test_index_length_is_near_the_entropy(case: tuple[int, Tensor]) -> None:
+def test_elias_fano_is_near_the_entropy(case: tuple[int, Tensor]) -> None:
     """Up to a density d of 1/32: l + 1 + f bits an index, f = n / (k 2^l) in [1, 2), against an entropy of log2(n/k) +
     (1 - d/2) log2(e): f - log2(f) is at most 1, so the excess is at most 2 - log2(e) + 0.023 = 0.58 bit. The constant:
-    1 bit behind the unary part, two fillings to whole bytes, and log2(sqrt(2 pi k)) that Stirling leaves out.
+    1 bit behind the unary part, a filling to whole bytes and one to eight numbers of l bits, and log2(sqrt(2 pi k))
+    that Stirling leaves out.
     """
-    n, indices = case
-    k = len(indices)
+    n, chosen = case
+    k = len(chosen)
     if k <= n / 32 and n < 2**30:  # above, lgamma(n) has no digits left for the difference
-        entropy = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
-        constant = 1 + 14 + 0.5 * math.log2(2 * math.pi * k) + 1
-        assert 8 * codec.index_num_bytes(n, k) <= entropy + 0.6 * k + constant
+        constant = 1 + 7 + 7 * math.log2(n / k) + 0.5 * math.log2(2 * math.pi * k) + 1
+        assert 8 * INDEX_CODES["elias_fano"].num_bytes(n, k) <= entropy_bits(n, k) + 0.6 * k + constant
 
 
-@pytest.mark.parametrize(("n", "k"), [(10**6, 10**3), (10**6, 10**4), (25_600_000, 25_600), (413_000, 4130)])
-def test_index_and_value_stay_within_a_tenth_of_the_floor(n: int, k: int) -> None:
-    entropy = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
-    assert 8 * codec.num_bytes(n, k, FP16) <= 1.1 * (entropy + 16 * k)
+@pytest.mark.parametrize("density", [0.3, 0.1, 0.03, 0.01, 0.001, 0.0001])
+def test_rice_is_near_the_entropy(density: float) -> None:
+    """n = 25,557,032. With c = k 2^b / n, an index takes b + 1 / (1 - e^(-1/c)) bits, of an entropy of b + log2(e / c):
+    at the worst, where b and b - 1 are equally long (c = 1.04), 0.12 more. Room: 1.5 % and 4 deviations of its zeros;
+    at that c 0.62 and 1.27 an index.
+    """
+    n = 25_557_032
+    k = num_selected(n, density)
+    excess = 8 * INDEX_CODES["rice"].num_bytes(n, k) / k - entropy_bits(n, k) / k
+    assert excess <= 0.12 + 0.015 * 0.62 * 2 + 4 * 1.27 * 2 / math.sqrt(k)  # twice: other c
 
 
-@each_code
-@given(index_sets(), st.integers(-9, 9).filter(bool))
-def test_a_payload_of_another_length_is_refused(code: ValueCode, case: tuple[int, Tensor], change: int) -> None:
-    n, indices = case
-    k = len(indices)
-    payload, _ = codec.encode(indices, values_of("normal", k, 0), n, code)
-    other = payload[:change] if change < 0 else torch.cat([payload, payload.new_zeros(change)])
-    with pytest.raises(CodecError, match=rf"payload of {len(other)} bytes, expected {len(payload)} for {k} of {n}"):
-        codec.decode(other, n, k, code)
+@each_index_code
+@given(index_sets())
+def test_indices_come_back_as_they_were(index_code: indices.IndexCode, case: tuple[int, Tensor]) -> None:
+    n, chosen = case
+    k = len(chosen)
+    kept = index_code.keep(chosen, torch.ones(k), n)
+    chosen = chosen if kept is None else chosen[kept]
+    coded = index_code.encode(chosen, n, k)
+    assert (coded.dtype, coded.numel()) == (torch.uint8, index_code.num_bytes(n, k))
+    assert torch.equal(index_code.decode(coded, n, k), chosen)
 
 
-def test_indices_out_of_order_or_range_are_refused_even_without_a_checksum() -> None:
-    n, k = 100, 3
-    good, _ = codec.encode(torch.tensor([1, 2, 99]), torch.ones(k), n, FP32)
-    split = codec.index_num_bytes(n, k)
+def test_elias_fano_refuses_indices_out_of_order_or_range() -> None:
+    n, k, code = 100, 3, INDEX_CODES["elias_fano"]
+    good = code.encode(torch.tensor([1, 2, 99]), n, k)
+    split = good.numel() - 5  # 3 indices of 5 low bits: one group of eight, 5 bytes behind the unary part
+    assert torch.equal(bits.unpack(good[split:], k, 5), torch.tensor([1, 2, 3]))
     fewer = good.clone()
     fewer[:split] = 0
     with pytest.raises(CodecError, match="0 indices in a payload of 3"):
-        codec.decode(fewer, n, k, FP32)
-    low = split - 2  # 3 indices x 5 low bits: 2 bytes behind the unary part
-    swapped = good.clone()
-    swapped[low:split] = torch.tensor([0b01000010, 0b00001100], dtype=torch.uint8)  # low bits 2, 2, 3
-    with pytest.raises(CodecError, match="not strictly ascending below 100"):
-        codec.decode(swapped, n, k, FP32)
-    beyond = good.clone()
-    beyond[low:split] = torch.tensor([0b01000001, 0b01111100], dtype=torch.uint8)  # low bits 1, 2, 31: index 127
-    with pytest.raises(CodecError, match="not strictly ascending below 100"):
-        codec.decode(beyond, n, k, FP32)
+        code.decode(fewer, n, k)
+    for low in ([2, 2, 3], [3, 2, 3], [1, 2, 31]):  # 1, 2 become equal, out of order; 99 becomes 127
+        changed = torch.cat([good[:split], bits.pack(torch.tensor(low), 5)])
+        with pytest.raises(CodecError, match="not strictly ascending below 100"):
+            code.decode(changed, n, k)
+
+
+def test_rice_refuses_indices_out_of_range_and_an_impossible_number_of_them() -> None:
+    n, k, code = 100, 3, INDEX_CODES["rice"]
+    good = code.encode(torch.tensor([1, 2, 99]), n, k)
+    assert good[:2].tolist() == [3, 0]
+    for count in (0, 4, 255):
+        other = good.clone()
+        other[0] = count
+        with pytest.raises(CodecError, match=f"indices in a payload that says {count} of at most 3"):
+            code.decode(other, n, k)
+    with pytest.raises(CodecError, match="not strictly ascending below 99"):
+        code.decode(good, 99, k)
+    blank = good.clone()
+    blank[2:] = 0
+    with pytest.raises(CodecError, match="0 indices in a payload that says 3"):
+        code.decode(blank, n, k)
+    late = good.clone()
+    late[2:-1], late[-1] = 0, 0b11100000
+    with pytest.raises(CodecError, match=r"ends within the low bits of 3 indices|0 indices"):
+        code.decode(late, n, k)
+
+
+def test_more_indices_in_a_block_than_planned_are_refused() -> None:
+    made = Space(100, (2, 1), (0, 50))
+    read = Space(100, (1, 2), (0, 50))
+    for code in (Code(VALUE_CODES["fp32"], index_code) for index_code in INDEX_CODES.values()):
+        payload, _, _ = codec.encode(torch.tensor([3, 7, 60]), torch.ones(3), made, code)
+        with pytest.raises(CodecError, match=r"blocks of \[2, 1\] values, expected at most \[1, 2\]"):
+            codec.decode(payload, read, code)
+
+
+def test_rice_leaves_out_next_to_nothing_of_indices_without_pattern() -> None:
+    """Room for 4 standard deviations and 1.5 %: over 400 sets one or two may meet a tail that is not normal."""
+    rng = np.random.default_rng(0)
+    lost, total, short = 0, 0, 0
+    for n, density in itertools.product([300, 20_000, 400_000], [0.0005, 0.004, 0.03, 0.2]):
+        k = num_selected(n, density)
+        for _ in range(33):
+            chosen = torch.from_numpy(np.sort(rng.choice(n, k, replace=False)))
+            kept = INDEX_CODES["rice"].keep(chosen, torch.from_numpy(rng.random(k)), n)
+            lost += 0 if kept is None else k - len(kept)
+            short += kept is not None
+            total += k
+    assert short <= 2
+    assert lost <= 1e-3 * total
+
+
+def test_rice_keeps_every_index_of_a_large_network() -> None:
+    space = resnet50_space(0.001)
+    g = torch.Generator().manual_seed(0)
+    pieces = []
+    for start, n, k in zip(space.starts, resnet50(), space.counts, strict=True):
+        pieces.append(torch.randperm(n, generator=g)[:k].sort().values + start)
+    chosen = torch.cat(pieces)
+    values = values_of("heavy tail", space.k, 0)
+    for name in ("fp16", "4bit"):
+        code = Code(VALUE_CODES[name], INDEX_CODES["rice"])
+        payload, kept, sent = codec.encode(chosen, values, space, code)
+        assert torch.equal(kept, chosen)
+        decoded, received = codec.decode(payload, space, code)
+        assert torch.equal(decoded, chosen)
+        assert torch.equal(received, sent)
+
+
+def patterned(kind: str, n: int, k: int, rng: np.random.Generator) -> Tensor:
+    """k ascending indices below n that a code for indices without pattern does not expect."""
+    gap = n // k
+    low, _, _ = indices._rice_plan(n, k)
+    made: dict[str, Callable[[], np.ndarray]] = {
+        "one cluster": lambda: np.arange(k) + rng.integers(0, n - k + 1),
+        "clusters": lambda: np.unique(rng.integers(0, n, max(1, k // 8))[:, None] + np.arange(8)),
+        "at the end": lambda: np.arange(n - k, n),
+        "first and rest at the end": lambda: np.concatenate([[0], np.arange(n - k + 1, n)]),
+        "every gap a multiple of 2^b": lambda: np.arange(k) * ((1 << low) + 1),
+        "diagonal": lambda: np.arange(k) * (gap + 1),
+    }
+    chosen = made[kind]()
+    return torch.from_numpy(chosen[chosen < n].astype(np.int64))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["one cluster", "clusters", "at the end", "first and rest at the end", "every gap a multiple of 2^b", "diagonal"],
+)
+@given(st.integers(2, 4000), st.floats(0.001, 0.9), seeds)
+def test_rice_never_overflows_and_leaves_out_only_the_smallest(kind: str, k: int, density: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = max(k, int(k / density))
+    chosen = patterned(kind, n, k, rng)
+    k, code = len(chosen), INDEX_CODES["rice"]
+    magnitudes = torch.from_numpy(rng.exponential(1, k).astype(np.float32))
+    low, _, area = indices._rice_plan(n, k)
+    kept = code.keep(chosen, magnitudes, n)
+    kept = torch.arange(k) if kept is None else kept
+    assert len(kept) >= 1
+    places = chosen[kept]
+    gaps = places.diff(prepend=torch.tensor([-1])) - 1
+    unary = len(kept) + int((gaps >> low).sum())
+    assert bits.num_bytes(unary) + bits.packed_bytes(len(kept), low) <= area
+    coded = code.encode(places, n, k)
+    assert coded.numel() == code.num_bytes(n, k)
+    assert torch.equal(code.decode(coded, n, k), places)
+    left_out = torch.ones(k, dtype=torch.bool)
+    left_out[kept] = False
+    if bool(left_out.any()):
+        assert float(magnitudes[left_out].max()) <= float(magnitudes[kept].min())
+
+
+# ---- bits ----
 
 
 @given(st.lists(st.integers(0, 1), max_size=80))
-def test_bits_pack_and_unpack(bits: list[int]) -> None:
-    padded = torch.tensor(bits + [0] * (-len(bits) % 8), dtype=torch.uint8)
-    packed = codec.pack_bits(padded)
-    assert packed.numel() == len(padded) // 8
-    assert torch.equal(codec.unpack_bits(packed), padded)
+def test_bits_pack_and_unpack(flags: list[int]) -> None:
+    padded = torch.tensor(flags + [0] * (-len(flags) % 8), dtype=torch.uint8)
+    packed = bits.pack_bits(padded)
+    assert packed.numel() == bits.num_bytes(len(padded)) == len(padded) // 8
+    assert torch.equal(bits.unpack_bits(packed), padded)
     by_hand = [sum(int(b) << i for i, b in enumerate(padded[j : j + 8])) for j in range(0, len(padded), 8)]
     assert packed.tolist() == by_hand
+
+
+@pytest.mark.parametrize("width", range(57))
+@settings(max_examples=20)
+@given(st.integers(0, 70), seeds)
+def test_numbers_of_any_width_pack_and_unpack(width: int, k: int, seed: int) -> None:
+    """Only the low bits count; what unpack returns fits into them."""
+    rng = np.random.default_rng(seed)
+    numbers = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, k, dtype=np.int64))
+    packed = bits.pack(numbers, width)
+    assert (packed.dtype, packed.numel()) == (torch.uint8, bits.packed_bytes(k, width))
+    assert packed.numel() <= bits.num_bytes(k * width) + width  # whole groups of eight
+    expected = numbers & ((1 << width) - 1)
+    assert torch.equal(bits.unpack(packed, k, width), expected)
+
+
+@settings(max_examples=10)
+@given(block_lists())
+def test_decoding_changes_no_byte_of_the_payload(case: tuple[list[tuple[int, Tensor]], int]) -> None:
+    space, chosen = joined(case[0])
+    for code in CODES.values():
+        payload, _, _ = codec.encode(chosen, values_of("normal", space.k, 0), space, code)
+        before = payload.clone()
+        codec.decode(payload, space, code)
+        assert torch.equal(payload, before)
+
+
+def test_the_largest_float_stays_finite() -> None:
+    values = torch.full((40,), LARGEST)
+    for name, value_code in VALUE_CODES.items():
+        _, _, sent = codec.encode(torch.arange(40), values, Space(40, (40,)), Code(value_code))
+        assert bool(torch.isfinite(sent).all()), name

@@ -13,7 +13,7 @@ import multiprocessing
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -35,6 +35,16 @@ class Rank:
     rank: int
     num_ranks: int
     group: dist.ProcessGroup
+    store: dist.Store | None = None
+    made: list[str] = field(default_factory=list)
+
+    def subgroup(self, members: list[int]) -> dist.ProcessGroup:
+        """A group of some of the ranks, this one among them; all of them make their groups in the same order."""
+        assert self.store is not None
+        name = f"{len(self.made)}: {members}"
+        self.made.append(name)
+        store = dist.PrefixStore(name, self.store)
+        return _group(store, members.index(self.rank), len(members), TIMEOUT_S)
 
 
 def run_ranks(num_ranks: int, body: Callable[[Rank], T], timeout_s: float = TIMEOUT_S) -> list[T]:
@@ -48,7 +58,7 @@ def run_ranks(num_ranks: int, body: Callable[[Rank], T], timeout_s: float = TIME
 
     def main(rank: int) -> None:
         try:
-            results[rank] = body(Rank(rank, num_ranks, _group(store, rank, num_ranks, timeout_s)))
+            results[rank] = body(Rank(rank, num_ranks, _group(store, rank, num_ranks, timeout_s), store))
         except BaseException as error:
             errors.append(error)
 

@@ -1,0 +1,239 @@
+"""From measured local costs and a link to the table of `distrobust bench crossover`: when does compression pay?
+
+`cost.py` has the formulas; this file applies them to what was measured on this machine. Everything it returns for a
+number of workers is computed, on the assumption of one worker a machine.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distrobust.bench import cost, lab, launch
+from distrobust.bench.cost import Cost, Local
+from distrobust.bench.link import GOODPUT
+from distrobust.bench.methods import DENSE, FLOOR, FP16, Method, percent
+from distrobust.bench.shapes import NUM_PARAMETERS
+
+WORKERS = tuple(2**power for power in range(1, 11))
+EXCHANGES = ("all_gather", "sharded")
+_PRETENDED = (2, 6)  # workers: two points of a line, few enough that the faster exchange is the all_gather
+_SHARDED_BETWEEN = (2, 4)  # processes
+_TIMED_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Network:
+    """`bytes_per_s`: payload, each way; `latency_s`: one way."""
+
+    bytes_per_s: float
+    latency_s: float
+
+    @property
+    def bits_per_s(self) -> float:
+        """With packet headers, as links are sold."""
+        return self.bytes_per_s * 8 / GOODPUT
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one worker's step costs here, by method; `two_hops`: sharded; `message_bytes`: of one worker, in one hop."""
+
+    local: dict[str, Local]
+    two_hops: dict[str, Local]
+    message_bytes: dict[str, float]
+    num_parameters: int
+
+    @property
+    def sparse(self) -> list[str]:
+        return list(self.message_bytes)
+
+    def costs(self, method: str, num_workers: int) -> list[Cost]:
+        """The ways in which `method` can exchange; a sparse one falls back to dense where nothing else pays."""
+        plain = cost.dense(num_workers, 4 * self.num_parameters, self.local[DENSE])
+        if method == DENSE:
+            return [plain]
+        if method == FP16:
+            return [cost.dense(num_workers, 2 * self.num_parameters, self.local[FP16])]
+        message = self.message_bytes[method]
+        gathered = cost.all_gather(num_workers, message, self.local[method])
+        return [gathered, cost.sharded(num_workers, message, self.two_hops[method]), plain]
+
+    def cost(self, method: str, num_workers: int, network: Network) -> Cost:
+        return cost.fastest(self.costs(method, num_workers), network.bytes_per_s, network.latency_s)
+
+    def crossover(self, method: str, rival: str, num_workers: int, latency_s: float) -> float:
+        """Bits per second, headers included, below which sparse `method` beats `rival`: 0 never, inf always."""
+        sparse = [each for each in self.costs(method, num_workers) if each.exchange != "dense"]
+        bytes_per_s = cost.crossover(sparse, self.costs(rival, num_workers)[0], latency_s)
+        return bytes_per_s * 8 / GOODPUT
+
+
+def sparse_method(density: float, values: str, exchange: str) -> Method:
+    options = {"density": density, "exchange": exchange} | ({"values": values} if values else {})
+    return Method(percent(density), "distrobust.bench.methods:ours", options)
+
+
+def measure_machine(
+    densities: Sequence[float],
+    values: str,
+    *,
+    together: int = 1,
+    threads: int = 1,
+    num_parameters: int = NUM_PARAMETERS,
+) -> Machine:
+    """Times the hooks in `together` processes at once, without a link; scaled to `num_parameters` from ResNet-50's."""
+    sparse = [sparse_method(density, values, "all_gather").to_json() for density in densities]
+    here = "distrobust.bench.methods"
+    plain = [Method(FLOOR, f"{here}:floor").to_json(), Method(FP16, f"{here}:fp16").to_json()]
+    arguments = {"methods": {"1": plain} | {str(n): sparse for n in _PRETENDED}, "steps": _TIMED_STEPS}
+    measured = launch.run(
+        lab.local(together), "distrobust.bench.local_cost:measure", arguments, threads=threads, timeout_s=900.0
+    )
+    scale = num_parameters / NUM_PARAMETERS
+    local = {}
+    for name in measured[0]:
+        seconds = {
+            int(workers): statistics.fmean(statistics.median(rank[name]["seconds"][workers]) for rank in measured)
+            for workers in measured[0][name]["seconds"]
+        }
+        local[DENSE if name == FLOOR else name] = cost.fit(seconds).times(scale)
+    messages = {
+        name: entry["message_bytes"] * scale
+        for name, entry in measured[0].items()
+        if entry["message_bytes"] is not None
+    }
+    two_hops = {name: each.times(scale) for name, each in _two_hops(densities, values, threads).items()}
+    return Machine(local, two_hops, messages, num_parameters)
+
+
+def _two_hops(densities: Sequence[float], values: str, threads: int) -> dict[str, Local]:
+    """Sharded steps between processes over loopback, where the exchange itself takes next to nothing.
+
+    The fake group cannot stand in for other ranks here: every rank's parts differ in length. Where there are more
+    processes than cores they take turns, and a step is divided by how many share a core.
+    """
+    methods = [sparse_method(density, values, "sharded") for density in densities]
+    arguments = {
+        "methods": [m.to_json() for m in methods],
+        "steps": _TIMED_STEPS,
+        "interface": None,
+        "timeout_s": 300.0,
+    }
+    seconds: dict[str, dict[int, float]] = {method.name: {} for method in methods}
+    for workers in _SHARDED_BETWEEN:
+        ranks = launch.run(
+            lab.local(workers), "distrobust.bench.step:measure", arguments, threads=threads, timeout_s=900.0
+        )
+        for name, found in seconds.items():
+            rounds = zip(*(rank[name] for rank in ranks), strict=True)
+            step_s = statistics.median(max(record["seconds"] for record in records) for records in rounds)
+            found[workers] = step_s / max(1.0, workers / num_cores())
+    return {name: cost.fit(found) for name, found in seconds.items()}
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def table(machine: Machine, network: Network) -> list[str]:
+    """Step time and bytes for every number of workers, and the crossover bandwidths; all of it computed."""
+    methods = [DENSE, FP16, *machine.sparse]
+    lines = [
+        f"{machine.num_parameters:,} parameters; link {network.bits_per_s / 1e6:.4g} Mbit/s each way, "
+        f"{network.latency_s * 1e3:.3g} ms; one worker a machine like this one. Times and bytes are computed:",
+        "",
+    ]
+    cells = [["workers", *(column for name in methods for column in (name, "MB sent", *_via(name, "by")))]]
+    for num_workers in WORKERS:
+        row = [str(num_workers)]
+        for name in methods:
+            best = machine.cost(name, num_workers, network)
+            seconds = best.seconds(network.bytes_per_s, network.latency_s)
+            row += [f"{seconds:.3f} s", f"{best.sent_bytes / 1e6:.4g}", *_via(name, best.exchange)]
+        cells.append(row)
+    lines += [*columns(cells), "", "Compression is faster on every link slower than (computed):", ""]
+    cells = [["workers", *(f"{name} against {rival}" for name in machine.sparse for rival in ("dense", "16-bit"))]]
+    for num_workers in WORKERS:
+        crossings = [
+            machine.crossover(name, rival, num_workers, network.latency_s)
+            for name in machine.sparse
+            for rival in (DENSE, FP16)
+        ]
+        cells.append([str(num_workers), *(bandwidth(bits_per_s) for bits_per_s in crossings)])
+    return lines + columns(cells)
+
+
+def costs_here(machine: Machine) -> list[str]:
+    """What was measured on this machine, per coordinate of the gradient and per coordinate sent."""
+    n = machine.num_parameters
+    lines = []
+    for name, local in machine.local.items():
+        line = f"  {name}: {local.decoding(0) * 1e3:.1f} ms a step, {local.decoding(0) / n * 1e9:.2f} ns a coordinate"
+        if name in machine.message_bytes:
+            hops = machine.two_hops[name]
+            line += (
+                f", and {local.per_message_s * 1e3:.1f} ms for each message; sharded {hops.fixed_s * 1e3:.1f} ms and "
+                f"{hops.per_message_s * 1e3:.1f} ms for each worker; a message has "
+                f"{machine.message_bytes[name] / 1e6:.4g} MB"
+            )
+        lines.append(line)
+    return lines
+
+
+def bandwidth(bits_per_s: float) -> str:
+    if bits_per_s in (0.0, float("inf")):
+        return "never" if bits_per_s == 0.0 else "always"
+    return f"{bits_per_s / 1e9:.3g} Gbit/s" if bits_per_s >= 1e9 else f"{bits_per_s / 1e6:.3g} Mbit/s"
+
+
+def columns(cells: list[list[str]]) -> list[str]:
+    """Rows of text, aligned to the right."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def _via(name: str, text: str) -> list[str]:
+    return [] if name in (DENSE, FP16) else [text]
+
+
+def to_json(machine: Machine, network: Network) -> dict[str, Any]:
+    names = [DENSE, FP16, *machine.sparse]
+    rows = []
+    for num_workers in WORKERS:
+        for name in names:
+            best = machine.cost(name, num_workers, network)
+            rows.append(
+                {
+                    "workers": num_workers,
+                    "method": name,
+                    "exchange": best.exchange,
+                    "seconds": best.seconds(network.bytes_per_s, network.latency_s),
+                    "sent_bytes": best.sent_bytes,
+                }
+            )
+    crossings = [
+        {
+            "workers": num_workers,
+            "method": name,
+            "against": rival,
+            "bits_per_s": machine.crossover(name, rival, num_workers, network.latency_s),
+        }
+        for num_workers in WORKERS
+        for name in machine.sparse
+        for rival in (DENSE, FP16)
+    ]
+    local = {name: asdict(each) for name, each in machine.local.items()}
+    return {
+        "parameters": machine.num_parameters,
+        "bytes_per_s": network.bytes_per_s,
+        "latency_s": network.latency_s,
+        "measured_local_costs": local,
+        "measured_sharded_costs": {name: asdict(each) for name, each in machine.two_hops.items()},
+        "measured_message_bytes": machine.message_bytes,
+        "computed_steps": rows,
+        "computed_crossovers": crossings,
+    }

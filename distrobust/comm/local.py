@@ -1,0 +1,127 @@
+"""The half of an exchange that needs no link: accumulate every parameter of a bucket, select, and code messages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distrobust.comm import line
+from distrobust.comm.bucket import Bucket, Mean, Settings, Step, Verdict, had_gradient, unscaled
+from distrobust.comm.line import Cut, Joined, Unit
+from distrobust.compression import codec, memory, message
+from distrobust.compression.accumulate import Piece, accumulate_and_select
+from distrobust.compression.message import Layout, Message
+from distrobust.compression.select import SELECTORS
+
+
+class LocalHalf:
+    """One message for every cut of the line.
+
+    `owned`: the cut that this rank owns, for which it selects nothing; it sends itself a message without payload.
+    """
+
+    def __init__(
+        self, settings: Settings, step: Step, bucket: Bucket, verdict: Verdict, num_cuts: int, owned: int | None
+    ) -> None:
+        self.settings, self.step, self.bucket, self.verdict = settings, step, bucket, verdict
+        self.num_cuts, self.owned = num_cuts, owned
+        fused_size = sum(r.v.numel() for r in step.fused.values()) if bucket.is_last else 0
+        self.size = bucket.flat.numel() + fused_size
+        self.num_side = len(bucket.parts) if settings.observer is not None else 0
+        self._chosen: dict[tuple[str, int], Tensor] = {}
+        used, side = self._accumulate()
+        self.cuts = self._cut(self._join() if fused_size else None)
+        self.layouts = [self.layout(0 if i == owned else cut.space.k, i) for i, cut in enumerate(self.cuts)]
+        if verdict.finite:
+            self.messages = [self._message(number, used, side) for number in range(num_cuts)]
+        else:
+            device = bucket.flat.device
+            self.messages = [message.pack_status(layout, message.NON_FINITE, device) for layout in self.layouts]
+
+    def layout(self, k: int, owner: int, hop: int = 0) -> Layout:
+        """Of a message with k coordinates of the `owner`-th cut."""
+        space = self.cuts[owner].space if k else codec.Space(self.cuts[owner].space.n, ())
+        num_side = 0 if hop else self.num_side
+        return Layout(space, self.settings.code, len(self.bucket.parts), num_side, self.step.number, hop)
+
+    def headers(self, decoded: list[Message]) -> Mean:
+        """What the headers of all ranks' messages say."""
+        if any(one.status for one in decoded):
+            return Mean(finite=False)
+        names = [part.name for part in self.bucket.parts]
+        used = torch.stack([one.used for one in decoded]).any(dim=0).tolist()
+        side = (torch.stack([one.side for one in decoded]).sum(dim=0) / len(decoded)).tolist()
+        return Mean(
+            used=dict(zip(names, used, strict=True)),
+            side=dict(zip(names, side, strict=False)),
+            side_is_local=True,
+        )
+
+    def _accumulate(self) -> tuple[Tensor, Tensor]:
+        """Every part's gradient into its next buffers, large ones selected from. The flags and side values to send."""
+        settings, step = self.settings, self.step
+        used, side = [], []
+        by_part = self._pieces_by_part()
+        for part in self.bucket.parts:
+            gradient = unscaled(part, step.scale)
+            used.append(had_gradient(settings, gradient))
+            if settings.observer is not None:
+                side.append(settings.observer.observe(part.name, gradient))
+            rule = part.residual.rule
+            factor = memory.clip_factor(gradient, rule, settings.transport.num_ranks)
+            if part.name in step.fused:
+                memory.accumulate(part.residual, memory.decayed(gradient, part.weight, rule, factor))
+                continue
+            numbers, pieces = by_part[part.name]
+            found = accumulate_and_select(part.residual, gradient, part.weight, factor, pieces, settings.selector)
+            if found is None:
+                self.verdict.finite = False
+                continue
+            self._chosen.update({(part.name, number): s for number, s in zip(numbers, found, strict=True)})
+        device = self.bucket.flat.device
+        return torch.stack(used), torch.stack(side) if side else torch.zeros(0, device=device)
+
+    def _pieces_by_part(self) -> dict[str, tuple[list[int], list[Piece]]]:
+        """For each large part: the cuts it lies in, without the owned one, and its pieces there."""
+        found: dict[str, tuple[list[int], list[Piece]]] = {part.name: ([], []) for part in self.bucket.parts}
+        for number, cut in enumerate(self._cut(None)):
+            for unit, piece in cut.pieces:
+                if unit.part is not None and number != self.owned:
+                    numbers, pieces = found[unit.part.name]
+                    numbers.append(number)
+                    pieces.append(piece)
+        return found
+
+    def _join(self) -> Joined:
+        joined = Joined(list(self.step.fused.values()))
+        if not bool(torch.isfinite(joined.next_v).all()):
+            self.verdict.finite = False
+        return joined
+
+    def _cut(self, joined: Joined | None) -> list[Cut]:
+        large = [part for part in self.bucket.parts if part.name not in self.step.fused]
+        units = line.units_of(large, self.bucket.flat.numel(), joined)
+        return line.cut(units, self.size, self.num_cuts, self.step.density)
+
+    def _message(self, number: int, used: Tensor, side: Tensor) -> Tensor:
+        layout = self.layouts[number]
+        payload = self._encode(self.cuts[number], number) if layout.space.k else None
+        return message.pack(layout, used, side, payload)
+
+    def _encode(self, cut: Cut, number: int) -> Tensor:
+        """Codes what was selected in a cut and removes what receivers will decode."""
+        indices = [
+            self._chosen[unit.part.name, number] if unit.part is not None else select_in(self.settings, unit, piece)
+            for unit, piece in cut.pieces
+        ]
+        places, values = line.gather(cut, indices)
+        payload, places, sent = codec.encode(places, values, cut.space, self.settings.code)
+        line.remove_sent(cut, places, sent)
+        return payload
+
+
+def select_in(settings: Settings, unit: Unit, piece: Piece) -> Tensor:
+    """Indices (k,) within the unit of the piece's largest."""
+    values = unit.memory.next_v[piece.start : piece.stop]
+    chosen: Tensor = SELECTORS[settings.selector](values, piece.k)
+    return chosen + piece.start

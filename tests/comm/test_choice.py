@@ -1,0 +1,100 @@
+"""Which exchange and which density: chosen by bytes, by a budget, or by the link as it is."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from harness.ranks import Rank, run_ranks
+from harness.training import worker
+
+from distrobust.comm import choice, hook, link
+from distrobust.comm.link import Link
+from distrobust.comm.together import in_process
+from distrobust.comm.transport import Transport
+from distrobust.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "expected"), [(2, "all_gather"), (4, "all_gather"), (5, "sharded"), (64, "sharded")]
+)
+def test_auto_takes_the_exchange_that_sends_least_unless_it_is_close(num_ranks: int, expected: str) -> None:
+    chosen = choice.choose("auto", None, in_process(num_ranks)[0], "")
+    assert chosen.exchange == expected
+    assert f"{num_ranks} workers" in chosen.reason
+
+
+@pytest.mark.parametrize("wanted", ["all_gather", "sharded"])
+def test_what_was_asked_for_is_taken(wanted: str) -> None:
+    assert choice.choose(wanted, None, in_process(64)[0], "").exchange == wanted
+
+
+def test_step_ahead_stays_with_all_gather() -> None:
+    assert choice.choose("auto", None, in_process(64)[0], "step-ahead").exchange == "all_gather"
+
+
+def test_hierarchical_on_one_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="got 4 workers, 4 on this machine"):
+        choice.choose("hierarchical", None, in_process(4)[0], "")
+
+
+@pytest.mark.ranks
+def test_the_exchange_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "distrobust")
+
+    def body(rank: Rank) -> None:
+        ours = worker(rank, num_steps=10)
+        for step in range(3):
+            ours.step(step)
+
+    run_ranks(2, body)
+    assert sum("exchange all_gather (2 workers: all_gather sends" in r.getMessage() for r in caplog.records) == 2
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("factor", [3.0, 10.0])
+@pytest.mark.parametrize("options", [{}, {"warmup": 0.2}, {"warmup": 0.0, "final_steps": 2, "final_density": 0.5}])
+def test_a_whole_run_stays_within_its_byte_budget(factor: float, options: dict[str, Any]) -> None:
+    """One bucket is counted on. Should DDP make two of this model, the second adds 6 bytes of header, the end of a
+    unary code, and low bits filled up to a whole group of eight: under 16 bytes in all.
+    """
+    num_steps = 40
+
+    def body(rank: Rank) -> float:
+        settings = {"density": "auto", "fewer_bytes": factor, "num_steps": num_steps, "warmup": 0.0, **options}
+        ours = worker(rank, **settings)
+        for step in range(num_steps):
+            ours.step(step)
+        return (ours.state.sent_bytes - 16 * num_steps) * factor / ours.state.dense_bytes
+
+    for used in run_ranks(2, body):
+        assert 0.9 < used <= 1.0
+
+
+@pytest.mark.ranks
+def test_a_time_budget_fills_the_link_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hook.link, "measure", lambda *_: Link(bytes_per_s=20_000.0, latency_s=0.01))
+
+    def body(rank: Rank) -> None:
+        state = worker(rank, density="auto", exchange_s=0.11, warmup=0.0).state
+        assert 0.95 * 2000 < state.step_bytes(state.density.density) <= 2000
+        fast = worker(rank, density="auto", exchange_s=10.0, warmup=0.0).state
+        assert fast.density_at(0) == 1.0
+        with pytest.raises(ConfigError, match="allow more bytes or time"):
+            worker(rank, density="auto", exchange_s=0.001, warmup=0.0)
+
+    run_ranks(2, body)
+
+
+@pytest.mark.ranks
+def test_every_rank_measures_the_same_link_and_counts_no_bytes_for_it() -> None:
+    def body(rank: Rank) -> tuple[Link, int]:
+        transport = Transport(rank.group)
+        return link.measure(transport, torch.device("cpu")), transport.sent_bytes
+
+    (first, sent), *others = run_ranks(3, body)
+    assert first.bytes_per_s > 0
+    assert first.latency_s > 0
+    assert sent == 0
+    assert all(other == (first, 0) for other in others)

@@ -1,0 +1,257 @@
+"""Exchanges of several hops and levels through the real DistributedDataParallel; their laws are in contracts/."""
+
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness.ranks import Processes, Rank, run_ranks
+from harness.training import Worker, batch, mlp, residuals, same, seeded, worker
+from torch import Tensor, nn
+
+from distrobust.comm.exchange import EXCHANGES
+from distrobust.comm.transport import Local, Request, Transport
+
+SMALL_BUCKETS = {"bucket_cap_mb": 1e-3}  # every tensor in one of its own once DDP has rebuilt them
+each_exchange = pytest.mark.parametrize("exchange", EXCHANGES)
+
+
+def two_levels(rank: Rank, num_local: int) -> Transport:
+    """Ranks 0 to num_local - 1 are the first machine."""
+    machine, local = divmod(rank.rank, num_local)
+    num_machines = rank.num_ranks // num_local
+    across = rank.subgroup([m * num_local + local for m in range(num_machines)])
+    within = rank.subgroup([machine * num_local + i for i in range(num_local)])
+    return Transport(across, local=Transport(within))
+
+
+@pytest.mark.ranks
+@each_exchange
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_ranks_hold_the_same_parameters_after_every_step(exchange: str, num_ranks: int) -> None:
+    """Several buckets under way at once, over the step at which DDP rebuilds them."""
+
+    def body(rank: Rank) -> list[dict[str, Tensor]]:
+        ours = worker(rank, exchange=exchange, values="4bit", indices="rice", ddp=SMALL_BUCKETS)
+        history = []
+        for step in range(4):
+            ours.step(step)
+            history.append(ours.parameters())
+        return history
+
+    results = run_ranks(num_ranks, body)
+    for history in results[1:]:
+        assert all(same(mine, theirs) for mine, theirs in zip(history, results[0], strict=True))
+    assert not same(results[0][0], results[0][3])
+
+
+@pytest.mark.ranks
+@each_exchange
+@pytest.mark.parametrize("num_ranks", [4, 6])
+@pytest.mark.parametrize("density", [0.02, 1.0])
+def test_two_levels_hold_the_same_parameters_on_every_rank_of_every_machine(
+    exchange: str, num_ranks: int, density: float
+) -> None:
+    """Machines of two ranks, several buckets under way at once."""
+
+    def body(rank: Rank) -> dict[str, Tensor]:
+        ours = worker(rank, exchange=exchange, density=density, ddp=SMALL_BUCKETS, transport=two_levels(rank, 2))
+        for step in range(5):
+            ours.step(step)
+        assert ours.state.error is None
+        return ours.parameters()
+
+    results = run_ranks(num_ranks, body)
+    assert all(same(one, results[0]) for one in results[1:])
+    assert not same(results[0], {name: p.detach() for name, p in seeded(mlp).named_parameters()})
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "sgd", [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}], ids=str
+)
+def test_a_dense_phase_over_two_levels_is_ddp_with_sgd(sgd: dict[str, Any]) -> None:
+    """Sums of four numbers below 1 in another order: 5 steps of 4 roundings of 2^-24, x 10 by momentum."""
+
+    def body(rank: Rank) -> None:
+        plain = worker(rank, density=None, sgd=sgd)
+        ours = worker(rank, density=1.0, sgd=sgd, transport=two_levels(rank, 2), ddp=SMALL_BUCKETS)
+        for step in range(5):
+            plain.step(step)
+            ours.step(step)
+        torch.testing.assert_close(ours.parameters(), plain.parameters(), rtol=0, atol=5 * 4 * 10 * 2.0**-24)
+
+    run_ranks(4, body)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("exchange", "levels"), [("sharded", 1), ("all_gather", 2), ("sharded", 2)])
+def test_compressed_training_follows_dense_training(exchange: str, levels: int) -> None:
+    """40 steps on one batch: at least four fifths of the way that dense SGD goes, as with all_gather."""
+
+    def body(rank: Rank) -> float:
+        def loss(model: nn.Module) -> float:
+            x, y = batch(0, rank.rank)
+            with torch.no_grad():
+                return float(nn.functional.cross_entropy(model(x), y))
+
+        transport = two_levels(rank, 2) if levels == 2 else None
+        dense = worker(rank, density=1.0)
+        sparse = worker(rank, density=0.05, num_steps=40, exchange=exchange, transport=transport)
+        start = loss(dense.ddp.module)
+        for _ in range(40):
+            dense.step(0)
+            sparse.step(0)
+        return (start - loss(sparse.ddp.module)) / (start - loss(dense.ddp.module))
+
+    assert min(run_ranks(2 * levels, body)) > 0.8
+
+
+def scaled_step(worker: Worker, scaler: torch.amp.GradScaler, step: int, factor: float = 1.0) -> None:
+    x, y = batch(step, worker.rank)
+    worker.optimizer.zero_grad()
+    scaler.scale(factor * nn.functional.cross_entropy(worker.ddp(x), y)).backward()
+    scaler.step(worker.optimizer)
+    scaler.update()
+
+
+@pytest.mark.ranks
+@each_exchange
+@pytest.mark.parametrize("levels", [1, 2])
+def test_loss_scaling_changes_no_bit_and_an_overflow_skips_the_step_on_all_ranks(exchange: str, levels: int) -> None:
+    """Scales are powers of two, and change: after an overflow on one rank, and every second step."""
+
+    def body(rank: Rank) -> dict[str, Tensor]:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+        options = {"exchange": exchange, "ddp": SMALL_BUCKETS}
+        levelled = [two_levels(rank, 2) if levels == 2 else None for _ in range(2)]
+        plain = worker(rank, transport=levelled[0], **options)
+        ours = worker(rank, transport=levelled[1], scaler=scaler, **options)
+        for step in range(3):
+            plain.step(step)
+            scaled_step(ours, scaler, step)
+        before, parameters = residuals(ours.state), ours.parameters()
+        scale = scaler.get_scale()
+        scaled_step(ours, scaler, 9, 3e38 if rank.rank == 1 else 1.0)
+        assert ours.state.skipped
+        assert scaler.get_scale() == scale / 2
+        assert same(residuals(ours.state), before)
+        assert same(ours.parameters(), parameters)
+        for step in range(3, 5):
+            plain.step(step)
+            scaled_step(ours, scaler, step)
+        assert same(residuals(ours.state), residuals(plain.state))
+        assert same(ours.parameters(), plain.parameters())
+        return ours.parameters()
+
+    results = run_ranks(2 * levels, body)
+    assert all(same(one, results[0]) for one in results[1:])
+
+
+class Slow(nn.Module):
+    """The last layer's gradient is there long before the first one's: its bucket can be on its way meanwhile."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(n, m, bias=False) for n, m in ((20, 40), (40, 40), (40, 10)))
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.middle):
+            x = torch.tanh(layer(x))
+            x.register_hook(lambda _: time.sleep(self.seconds))  # before the layer's own gradients
+        return self.last(x)
+
+
+class Clocked(Transport):
+    """When each request was answered."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.answered: list[float] = []
+        self.lock = threading.Lock()
+
+    def issue(self, request: Request | Local) -> torch.futures.Future[Tensor]:
+        with self.lock:
+            place = len(self.answered)
+            self.answered.append(float("inf"))
+
+        def note(future: torch.futures.Future[Tensor]) -> Tensor:
+            self.answered[place] = time.monotonic()
+            return future.value()
+
+        return super().issue(request).then(note)
+
+
+@pytest.mark.ranks
+@each_exchange
+@pytest.mark.parametrize("density", [0.05, 1.0])
+def test_the_first_bucket_travels_while_the_last_gradients_are_computed(exchange: str, density: float) -> None:
+    """Three buckets, 0.15 s apart. The first one's message has been received before the last one's hook begins, and
+    with two hops its second has been sent on from the middle one's.
+    """
+
+    def body(rank: Rank) -> None:
+        transport = Clocked(rank.group)
+        options = {"density": density, "exchange": exchange, "transport": transport, "ddp": SMALL_BUCKETS}
+        ours = worker(rank, lambda: Slow(0.15), **options)
+        begun: list[float] = []
+        reduce = ours.state.reduce
+
+        def spy(*arguments: Any, **flags: Any) -> Any:
+            begun.append(time.monotonic())
+            return reduce(*arguments, **flags)
+
+        ours.state.reduce = spy  # type: ignore[method-assign]
+        for step in range(3):  # DDP rebuilds its buckets after the first
+            begun.clear()
+            transport.answered.clear()
+            ours.step(step)
+        assert len(begun) == 3
+        hops = 2 if exchange == "sharded" and density < 1.0 else 1
+        assert len(transport.answered) == 3 * hops
+        # the requests of the first two hooks: one, and with two hops two
+        assert all(answered < begun[2] for answered in transport.answered[: 1 + hops])
+        assert transport.answered[0] < begun[1]
+
+    run_ranks(2, body)
+
+
+def train_all(rank: int, pipe: Connection) -> None:
+    """Four processes: every exchange among all of them, and between two machines of two."""
+    default = Rank(rank, 4, dist.group.WORLD)
+    across = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+    within = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    for exchange in EXCHANGES:
+        for transport in (None, Transport(across, local=Transport(within))):
+            ours = worker(default, exchange=exchange, transport=transport, ddp=SMALL_BUCKETS)
+            for step in range(3):
+                ours.step(step)
+            pipe.send((ours.parameters(), residuals(ours.state)))
+    pipe.recv()  # tensors travel as handles: whoever sent them must be there when they are received
+
+
+@pytest.mark.procs
+@pytest.mark.timeout(120)
+def test_processes_train_like_threads_with_every_exchange_and_on_two_levels(tmp_path: Path) -> None:
+    def body(rank: Rank) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        results = []
+        for exchange in EXCHANGES:
+            for transport in (None, two_levels(rank, 2)):
+                ours = worker(rank, exchange=exchange, transport=transport, ddp=SMALL_BUCKETS)
+                for step in range(3):
+                    ours.step(step)
+                results.append((ours.parameters(), residuals(ours.state)))
+        return results
+
+    with Processes(4, train_all, tmp_path, collective_timeout_s=30) as processes:
+        for rank, expected in enumerate(run_ranks(4, body)):
+            for parameters, kept in expected:
+                parameters_, kept_ = processes.receive(rank, timeout_s=90)
+                assert same(parameters, parameters_)
+                assert same(kept, kept_)
+            processes.pipes[rank].send("received")
