@@ -8,7 +8,8 @@ The 9-layer residual network; N workers inside one process (workers.py); the sam
 cell is fine-tuning of a natural model (--natural DIR holds SEED.pt, as `distrobust train` writes models) against N-FGSM
 or PGD-7 examples, or natural training from scratch. Bytes are those of the whole run, warm-up and last steps included,
 counted at the transport, for one worker, against an fp32 ring all-reduce. Clean accuracy on all test images, PGD-20 on
-2,000. A finished cell is not run again, so the table can be filled in over days and machines.
+2,000. What the record holds already is not run again and stays in it, so the table can be filled in over days and
+machines.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ TASKS: dict[str, tuple[str, Attack | None, float]] = {
     "natural": ("scratch", None, 0.4),
 }
 DGC: dict[str, Any] = {"warmup": 0.2}
+KEPT = ("seed", "clean", "pgd20", "flags", "sent_bytes", "dense_bytes", "density", "train_minutes", "commit")
 AHEAD: dict[str, Any] = {"step_ahead": True, "masking": False, "final_steps": 1, "final_density": 0.5}
 
 
@@ -67,14 +69,16 @@ def cells() -> list[dict[str, Any]]:
         add(f"auto 100x {values}", workers=2, **auto(100, values))
     for density in (0.05, 0.01, 0.001):
         add(f"DGC {density:.1%} fp16", workers=2, density=density, **DGC)
-    add("DGC 1.0% 4bit", workers=2, density=0.01, values="4bit", **DGC)
-    add("DGC 1.0% 2bit", workers=2, density=0.01, values="2bit", **DGC)
-    ablation = {"density": 0.01, "values": "fp16"}
-    add("1.0% no momentum correction", workers=2, momentum="optimizer", masking=False, **ablation, **DGC)
-    add("1.0% no masking", workers=2, masking=False, **ablation, **DGC)
-    add("1.0% no warm-up", workers=2, **ablation)
-    add("1.0% no residual", workers=2, residual=False, **ablation, **DGC)
-    add("1.0% step-ahead, no warm-up", workers=2, **ablation, step_ahead=True, masking=False)
+    for values in ("4bit", "2bit"):
+        add(f"DGC 1.0% {values}", "natural", 4, density=0.01, values=values, **DGC)
+    one = {"density": 0.01, "values": "fp16"}
+    add("1.0% no momentum correction", "natural", 4, momentum="optimizer", masking=False, **one, **DGC)
+    add("1.0% no masking", "natural", 4, masking=False, **one, **DGC)
+    add("1.0% no warm-up", "natural", 4, **one)
+    add("1.0% no residual", "natural", 4, residual=False, **one, **DGC)
+    add("1.0% step-ahead, no masking, no warm-up", "natural", 4, **one, step_ahead=True, masking=False)
+    add("step-ahead 1.0% 4bit, warm-up", "natural", 4, density=0.01, values="4bit", **AHEAD, **DGC)
+    add("step-ahead 0.1% 4bit, warm-up", "natural", 4, density=0.001, values="4bit", **AHEAD, **DGC)
     for workers in (4, 8, 16, 32):
         for task, epochs in (("natural", 4), ("n_fgsm", 3)):
             add("dense", task, epochs, workers)
@@ -190,7 +194,10 @@ def main() -> None:
     if arguments.what == "write":
         print(write(arguments.work))
         return
+    known = recorded()
     for seed, cell in itertools.product(arguments.seeds, chosen):
+        if (name_of(cell), seed) in known:
+            continue
         path = arguments.work / f"{name_of(cell)}, seed {seed}.json".replace("/", " ")
         try:
             path.touch(exist_ok=False)  # so that two of these share the work
@@ -205,28 +212,35 @@ def main() -> None:
         print({key: result[key] for key in result if key not in ("cell", "loss", "commit", "flags")}, flush=True)
 
 
+def recorded() -> dict[tuple[str, int], dict[str, Any]]:
+    """The runs of the record as it stands, by name and seed."""
+    path = record.RESULTS / "accuracy.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {(row["name"], run["seed"]): run for row in rows for run in row["runs"]}
+
+
 def write(work: Path) -> Path:
-    """The record: every finished cell with its seeds and intervals."""
-    finished = [json.loads(path.read_text()) for path in sorted(work.glob("*.json")) if path.stat().st_size]
+    """The record: every finished run, of the record so far and of `work`, with intervals over seeds."""
+    runs = recorded()
+    for path in work.glob("*.json"):
+        if path.stat().st_size:
+            result = json.loads(path.read_text())
+            runs[result["name"], result["seed"]] = {key: result[key] for key in KEPT if key in result}
     rows = []
     for cell in cells():
-        mine = sorted((r for r in finished if r["name"] == name_of(cell)), key=lambda r: r["seed"])
+        mine = [run for (name, _), run in sorted(runs.items()) if name == name_of(cell)]
         if not mine:
             continue
-        row: dict[str, Any] = {"name": name_of(cell), **cell, "seeds": [r["seed"] for r in mine]}
+        row: dict[str, Any] = {"name": name_of(cell), **cell}
         for key in ("clean", "pgd20"):
             if key in mine[0]:
-                row[key] = record.interval([r[key] for r in mine])
+                row[key] = record.interval([run[key] for run in mine])
         row["fewer_bytes"] = mine[0]["dense_bytes"] / mine[0]["sent_bytes"]
-        row["density_used"] = mine[0]["density"]
-        row["sent_megabytes"] = mine[0]["sent_bytes"] / 1e6
-        row["commits"] = sorted({r["commit"] for r in mine})
-        row["train_minutes"] = [round(r["train_minutes"], 2) for r in mine]
-        rows.append(row)
+        rows.append({**row, "runs": mine})
     content = {
         "setting": __doc__,
         "intervals": "95 %, Student's t over seeds; none for one seed",
-        "not_run": [name_of(cell) for cell in cells() if not any(r["name"] == name_of(cell) for r in finished)],
+        "not_run": [name_of(cell) for cell in cells() if not any(name == name_of(cell) for name, _ in runs)],
         "rows": rows,
     }
     return record.write("accuracy", "How much accuracy does each way of sending fewer bytes cost?", content)

@@ -52,10 +52,9 @@ def draw(axis: Any, row: dict[str, Any], key: str) -> None:
     colour, marker = FAMILIES.get(row["method"].split()[0].rstrip(","), ("tab:brown", "."))
     half = row[key]["half_width_95"]
     mean = 100 * row[key]["mean"]
-    axis.errorbar(
-        row["sent_megabytes"], mean, None if half is None else 100 * half, color=colour, marker=marker, capsize=3
-    )
-    axis.annotate(row["method"], (row["sent_megabytes"], mean), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    megabytes = row["runs"][0]["sent_bytes"] / 1e6
+    axis.errorbar(megabytes, mean, None if half is None else 100 * half, color=colour, marker=marker, capsize=3)
+    axis.annotate(row["method"], (megabytes, mean), fontsize=6, xytext=(4, 4), textcoords="offset points")
 
 
 if __name__ == "__main__":

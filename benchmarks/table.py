@@ -44,7 +44,7 @@ def accuracy(name: str = "accuracy") -> list[str]:
     ]
     for row in record["rows"]:
         robust = _percent(row["pgd20"]) if "pgd20" in row else ""
-        cells = [row["name"], _percent(row["clean"]), robust, f"{row['fewer_bytes']:.1f}", str(len(row["seeds"]))]
+        cells = [row["name"], _percent(row["clean"]), robust, f"{row['fewer_bytes']:.1f}", str(len(row["runs"]))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
