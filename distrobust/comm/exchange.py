@@ -94,7 +94,7 @@ def sharded(settings: Settings, step: Step, bucket: Bucket, verdict: Verdict) ->
 
 def _encode_owned(settings: Settings, own: Cut, num_ranks: int) -> Tensor:
     """The second hop: the largest of the sums in this rank's own part, as means; what is not sent stays, as sums."""
-    places, sums = line.gather(own, [select_in(settings, unit, piece) for unit, piece in own.pieces])
+    places, sums = line.join(own, [select_in(settings, unit, piece) for unit, piece in own.pieces])
     payload, places, sent = codec.encode(places, sums / num_ranks, own.space, settings.code)
     line.remove_sent(own, places, sent * num_ranks)
     return payload

@@ -450,4 +450,4 @@ def _remove(layer: _Layer, indices: Tensor, sent: Tensor) -> None:
     ends = torch.tensor([piece.end for piece in layer.pieces], device=indices.device)
     counts = torch.searchsorted(indices, ends).diff(prepend=ends.new_zeros(1)).tolist()
     for piece, s, values in zip(layer.pieces, indices.split(counts), sent.split(counts), strict=True):
-        memory.remove_sent(piece.residual, s - piece.start, values)
+        memory.remove_sent(piece.residual, s, values, piece.start)

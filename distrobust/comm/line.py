@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distrobust.compression import memory
-from distrobust.compression.accumulate import Piece
+from distrobust.compression.accumulate import Piece, Selected
 from distrobust.compression.codec import Space
 from distrobust.compression.memory import Residual, Rule
 from distrobust.compression.select import num_selected
@@ -103,17 +103,16 @@ def cut(units: list[Unit], size: int, num_cuts: int, density: float) -> list[Cut
     return cuts
 
 
-def gather(chosen: Cut, indices: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Places (k,) int64, counted from the cut's start, and values (k,), for `indices` within each piece's unit."""
-    places = [s + (unit.start - chosen.start) for (unit, _), s in zip(chosen.pieces, indices, strict=True)]
-    values = [unit.memory.next_v.index_select(0, s) for (unit, _), s in zip(chosen.pieces, indices, strict=True)]
-    return torch.cat(places), torch.cat(values)
+def join(chosen: Cut, selected: list[Selected]) -> tuple[Tensor, Tensor]:
+    """Places (k,) int64, counted from the cut's start, and values (k,), of what was selected in each piece's unit."""
+    places = [s.indices + (unit.start - chosen.start) for (unit, _), s in zip(chosen.pieces, selected, strict=True)]
+    return torch.cat(places), torch.cat([s.values for s in selected])
 
 
 def remove_sent(chosen: Cut, places: Tensor, sent: Tensor) -> None:
     """Takes what receivers decode out of the residuals it came from."""
     for unit, _, mine in _by_piece(chosen, places):
-        memory.remove_sent(unit.memory, places[mine] - (unit.start - chosen.start), sent[mine])
+        memory.remove_sent(unit.memory, places[mine], sent[mine], unit.start - chosen.start)
     _write_back(chosen)
 
 

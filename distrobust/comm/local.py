@@ -9,9 +9,8 @@ from distrobust.comm import line
 from distrobust.comm.bucket import Bucket, Mean, Settings, Step, Verdict, had_gradient, unscaled
 from distrobust.comm.line import Cut, Joined, Unit
 from distrobust.compression import codec, memory, message
-from distrobust.compression.accumulate import Piece, accumulate_and_select
+from distrobust.compression.accumulate import Piece, Selected, accumulate_and_select, select_piece
 from distrobust.compression.message import Layout, Message
-from distrobust.compression.select import SELECTORS
 
 
 class LocalHalf:
@@ -28,7 +27,7 @@ class LocalHalf:
         fused_size = sum(r.v.numel() for r in step.fused.values()) if bucket.is_last else 0
         self.size = bucket.flat.numel() + fused_size
         self.num_side = len(bucket.parts) if settings.observer is not None else 0
-        self._chosen: dict[tuple[str, int], Tensor] = {}
+        self._chosen: dict[tuple[str, int], Selected] = {}
         used, side = self._accumulate()
         self.cuts = self._cut(self._join() if fused_size else None)
         self.layouts = [self.layout(0 if i == owned else cut.space.k, i) for i, cut in enumerate(self.cuts)]
@@ -110,18 +109,16 @@ class LocalHalf:
 
     def _encode(self, cut: Cut, number: int) -> Tensor:
         """Codes what was selected in a cut and removes what receivers will decode."""
-        indices = [
+        selected = [
             self._chosen[unit.part.name, number] if unit.part is not None else select_in(self.settings, unit, piece)
             for unit, piece in cut.pieces
         ]
-        places, values = line.gather(cut, indices)
+        places, values = line.join(cut, selected)
         payload, places, sent = codec.encode(places, values, cut.space, self.settings.code)
         line.remove_sent(cut, places, sent)
         return payload
 
 
-def select_in(settings: Settings, unit: Unit, piece: Piece) -> Tensor:
-    """Indices (k,) within the unit of the piece's largest."""
-    values = unit.memory.next_v[piece.start : piece.stop]
-    chosen: Tensor = SELECTORS[settings.selector](values, piece.k)
-    return chosen + piece.start
+def select_in(settings: Settings, unit: Unit, piece: Piece) -> Selected:
+    """The piece's largest."""
+    return select_piece(unit.memory.next_v, piece, settings.selector)

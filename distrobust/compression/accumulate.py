@@ -2,7 +2,7 @@
 
 On a CPU the pass goes block by block through the second-level cache: u, v, g (and w) are read and u, v written once,
 and magnitudes and comparisons never reach memory. numpy rather than torch, whose calls cost more on blocks of this
-size; where there is a C compiler, native.py does the same in less time (record benchmarks/results/local_part.json).
+size; where there is a C compiler, native/ does the same in less time (record benchmarks/results/local_part.json).
 
 The threshold is a guess: a little below that of the last step, or below where it is falling to. Too low costs time, too
 high is noticed (fewer than k candidates) and the selector does the work; the result is the same k largest always.
@@ -35,56 +35,77 @@ class Piece:
     k: int
 
 
+@dataclass(frozen=True)
+class Selected:
+    """Ascending `indices` (k,) int64 within the parameter, and next_v there, `values` (k,) float32."""
+
+    indices: Tensor
+    values: Tensor
+
+
 def accumulate_and_select(
     residual: Residual, gradient: Tensor, weight: Tensor, factor: Tensor | float, pieces: list[Piece], selector: str
-) -> list[Tensor] | None:
+) -> list[Selected] | None:
     """Writes next_u and next_v for `factor` * gradient (n,), with weight decay, and selects in every piece.
 
-    Returns ascending indices (k,) int64 within the parameter for each piece; None if a value is not finite.
+    None if a value is not finite.
     """
     if gradient.device.type != "cpu":
         memory.accumulate(residual, memory.decayed(gradient, weight, residual.rule, factor))
         if not bool(torch.isfinite(residual.next_v.sum())):
             return None
-        return [_select(residual, piece, selector) for piece in pieces]
+        return [select_piece(residual.next_v, piece, selector) for piece in pieces]
     num = sum(piece.k for piece in pieces)
     threshold = residual.threshold * min(1.0, residual.growth) * MARGIN if selector == "sampled" else 0.0
     room = FEW * max(64, num)
-    one_pass = native.accumulate if native.fits(residual, gradient, weight) else blocked_pass
+    one_pass = native.accumulate if native.takes_pass(residual, gradient, weight) else blocked_pass
     found = one_pass(residual, gradient, weight, float(factor), threshold, room)
-    values = residual.next_v.numpy()
-    if found is None:
-        if not np.isfinite(np.abs(values).max()):
-            return None
-        candidates, magnitudes = np.empty(0, np.int64), np.empty(0, np.float32)
-    else:
-        candidates, magnitudes = found[0], np.abs(found[1])
-        if not np.isfinite(magnitudes).all():
-            return None
+    places, sums = (torch.empty(0, dtype=torch.int64), torch.empty(0)) if found is None else found
+    if not bool(torch.isfinite(residual.next_v if found is None else sums).all()):
+        return None
     chosen, least = [], math.inf
-    bounds = np.searchsorted(candidates, [[piece.start, piece.stop] for piece in pieces])
-    for piece, (low, high) in zip(pieces, bounds, strict=True):
+    for piece, (low, high) in zip(pieces, _bounds(places, pieces, residual.v.numel()), strict=True):
         if high - low < piece.k:  # the guess was too high, or there was none
-            chosen.append(_select(residual, piece, selector))
-            smallest = np.abs(values[chosen[-1].numpy()]).min()
+            chosen.append(select_piece(residual.next_v, piece, selector))
+            smallest = float(chosen[-1].values.abs().min())
         else:
-            among = select.exact(magnitudes[low:high], piece.k)
-            chosen.append(torch.from_numpy(candidates[low:high][among]))
-            smallest = magnitudes[low:high][among].min()
-        least = min(least, float(smallest))
+            among, smallest = _among(places[low:high], sums[low:high], piece.k)
+            chosen.append(among)
+        least = min(least, smallest)
     least = least if chosen else 0.0
     residual.growth = least / residual.threshold if residual.threshold else 1.0
     residual.threshold = least
     return chosen
 
 
-def _select(residual: Residual, piece: Piece, selector: str) -> Tensor:
-    return select.SELECTORS[selector](residual.next_v[piece.start : piece.stop], piece.k) + piece.start
+def _bounds(places: Tensor, pieces: list[Piece], n: int) -> list[list[int]]:
+    """From where to where in the ascending `places` each piece's lie."""
+    if [(piece.start, piece.stop) for piece in pieces] == [(0, n)]:
+        return [[0, places.numel()]]
+    wanted = torch.tensor([[piece.start, piece.stop] for piece in pieces], dtype=places.dtype)
+    bounds: list[list[int]] = torch.searchsorted(places, wanted).tolist()
+    return bounds
+
+
+def _among(places: Tensor, sums: Tensor, k: int) -> tuple[Selected, float]:
+    """The k largest of the candidates, and the smallest magnitude of those."""
+    if places.dtype == torch.int32:  # as the compiled pass lists them
+        indices, values, least = native.select(places, sums, k)
+        return Selected(indices, values), least
+    chosen = torch.from_numpy(select.exact(np.abs(sums.numpy()), k))
+    selected = Selected(places[chosen], sums[chosen])
+    return selected, float(selected.values.abs().min())
+
+
+def select_piece(next_v: Tensor, piece: Piece, selector: str) -> Selected:
+    """The k largest of next_v[piece.start : piece.stop]."""
+    indices = select.SELECTORS[selector](next_v[piece.start : piece.stop], piece.k) + piece.start
+    return Selected(indices, next_v.index_select(0, indices))
 
 
 def blocked_pass(
     residual: Residual, gradient: Tensor, weight: Tensor, factor: float, threshold: float, room: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
+) -> tuple[Tensor, Tensor] | None:
     """Ascending indices of all |next_v| >= threshold or not finite, and next_v there.
 
     None without a threshold, or if there are `room` or more.
@@ -124,4 +145,4 @@ def blocked_pass(
     if room <= 0 or threshold <= 0.0:
         return None
     places = np.concatenate(found)
-    return places, next_v[places]
+    return torch.from_numpy(places), torch.from_numpy(next_v[places])

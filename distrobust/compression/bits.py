@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distrobust.compression import native
+
 
 def num_bytes(num_bits: int) -> int:
     """Bytes that hold `num_bits` bits."""
@@ -27,6 +29,27 @@ def unpack_bits(packed: Tensor) -> Tensor:
     return ((packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1).view(-1)
 
 
+def mark(places: Tensor, num_bits: int) -> Tensor:
+    """(k,) int64 below num_bits -> (num_bytes(num_bits),) uint8 with these bits set."""
+    if native.takes(places):
+        marked = torch.zeros(num_bytes(num_bits), dtype=torch.uint8)
+        native.mark(places, marked)
+        return marked
+    bits = torch.zeros(8 * num_bytes(num_bits), dtype=torch.uint8, device=places.device)
+    bits[places] = 1
+    return pack_bits(bits)
+
+
+def marked(packed: Tensor, room: int) -> Tensor:
+    """(m,) uint8 -> ascending int64 places of the first `room` bits that are set, or of all, if there are fewer."""
+    if native.takes(packed):
+        return native.marked(packed, room)
+    bits = unpack_bits(packed)
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(bits.numpy())[:room])  # three times as fast as torch.nonzero
+    return torch.nonzero(bits).view(-1)[:room]
+
+
 def packed_bytes(k: int, width: int) -> int:
     """Length in bytes of `pack` for k numbers: whole groups of eight."""
     return num_bytes(k) * width
@@ -41,6 +64,10 @@ def pack(numbers: Tensor, width: int) -> Tensor:
     k = numbers.numel()
     if width == 0 or k == 0:
         return torch.zeros(0, dtype=torch.uint8, device=numbers.device)
+    if native.takes(numbers):
+        packed = torch.empty(packed_bytes(k, width), dtype=torch.uint8)
+        native.pack(numbers, width, packed)
+        return packed
     padded = torch.zeros(8 * num_bytes(k), dtype=torch.int64, device=numbers.device)
     padded[:k] = numbers
     whole, rest = divmod(width, 8)
@@ -58,6 +85,10 @@ def unpack(packed: Tensor, k: int, width: int) -> Tensor:
     """(packed_bytes(k, width),) uint8 -> (k,) int64, the inverse of `pack`."""
     if width == 0:
         return torch.zeros(k, dtype=torch.int64, device=packed.device)
+    if native.takes(packed) and packed.numel() >= packed_bytes(k, width):
+        numbers = torch.empty(k, dtype=torch.int64)
+        native.unpack(packed, width, numbers)
+        return numbers
     groups = num_bytes(k)
     padded = torch.zeros(groups * width, dtype=torch.uint8, device=packed.device)
     padded[: packed.numel()] = packed

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,15 +53,16 @@ def _elias_fano_num_bytes(n: int, k: int) -> int:
 def _elias_fano_encode(indices: Tensor, n: int, k: int) -> Tensor:
     low = _low_bits(n, k)
     places = (indices >> low) + torch.arange(k, device=indices.device)
-    return torch.cat([_unary(places, k + (n >> low) + 1), bits.pack(indices, low)])
+    return torch.cat([bits.mark(places, k + (n >> low) + 1), bits.pack(indices, low)])
 
 
 def _elias_fano_decode(payload: Tensor, n: int, k: int) -> Tensor:
     low = _low_bits(n, k)
     split = bits.num_bytes(k + (n >> low) + 1)
-    ones = _ones(payload[:split])
+    ones = bits.marked(payload[:split], k + 1)
     if ones.numel() != k:
-        raise CodecError(f"{ones.numel()} indices in a payload of {k}")
+        found = "more" if ones.numel() > k else f"{ones.numel()}"
+        raise CodecError(f"{found} indices in a payload of {k}")
     high = ones - torch.arange(k, device=ones.device)
     return _checked((high << low) | bits.unpack(payload[split:], k, low), n)
 
@@ -92,24 +92,26 @@ def _rice_keep(indices: Tensor, magnitudes: Tensor, n: int) -> Tensor | None:
     k = indices.numel()
     low, _, area = _rice_plan(n, k)
 
-    def surplus_bits(kept: Tensor) -> int:
-        unary = kept.numel() + int((_gaps(indices[kept]) >> low).sum())
-        return 8 * (bits.num_bytes(unary) + bits.packed_bytes(kept.numel(), low) - area)
+    def surplus_bits(left: Tensor) -> int:
+        unary = left.numel() + int((_gaps(left) >> low).sum())
+        return 8 * (bits.num_bytes(unary) + bits.packed_bytes(left.numel(), low) - area)
 
+    if surplus_bits(indices) <= 0:
+        return None
     kept = torch.arange(k, device=indices.device)
-    while (surplus := surplus_bits(kept)) > 0 and kept.numel() > 1:
+    while (surplus := surplus_bits(indices[kept])) > 0 and kept.numel() > 1:
         # one left out frees its low bits, and its one less what merging two gaps adds: half a bit on average
         num_out = min(math.ceil(surplus / (low + 0.5)), kept.numel() - 1)
         order = torch.argsort(magnitudes[kept], stable=True)
         kept = kept[torch.sort(order[num_out:]).values]
-    return None if kept.numel() == k else kept
+    return kept
 
 
 def _rice_encode(indices: Tensor, n: int, k: int) -> Tensor:
     low, count_bytes, area = _rice_plan(n, k)
     gaps = _gaps(indices)
     places = torch.cumsum((gaps >> low) + 1, dim=0) - 1
-    unary, packed = _unary(places, int(places[-1]) + 1), bits.pack(gaps, low)
+    unary, packed = bits.mark(places, int(places[-1]) + 1), bits.pack(gaps, low)
     count = torch.tensor([indices.numel()], device=indices.device).view(torch.uint8)[:count_bytes]
     return torch.cat([count, unary, packed, packed.new_zeros(area - unary.numel() - packed.numel())])
 
@@ -120,10 +122,11 @@ def _rice_decode(payload: Tensor, n: int, k: int) -> Tensor:
     octets[:count_bytes] = payload[:count_bytes]
     count = int(octets.view(torch.int64))
     longest = bits.num_bytes(k + (n >> low) + 1)
-    ones = _ones(payload[count_bytes : count_bytes + min(area, longest)])
-    if not 1 <= count <= k or ones.numel() < count:
-        raise CodecError(f"{ones.numel()} indices in a payload that says {count} of at most {k}")
-    ones = ones[:count]
+    if not 1 <= count <= k:
+        raise CodecError(f"a payload that says it holds {count} indices, of at most {k}")
+    ones = bits.marked(payload[count_bytes : count_bytes + min(area, longest)], count)
+    if ones.numel() < count:
+        raise CodecError(f"{ones.numel()} indices in a payload that says {count}")
     split = count_bytes + bits.num_bytes(int(ones[-1]) + 1)
     packed = payload[split : split + bits.packed_bytes(count, low)]
     if packed.numel() < bits.packed_bytes(count, low):
@@ -136,19 +139,6 @@ def _rice_decode(payload: Tensor, n: int, k: int) -> Tensor:
 def _gaps(indices: Tensor) -> Tensor:
     """Indices skipped before each one."""
     return indices.diff(prepend=indices.new_full((1,), -1)) - 1
-
-
-def _unary(places: Tensor, num_bits: int) -> Tensor:
-    unary = torch.zeros(8 * bits.num_bytes(num_bits), dtype=torch.uint8, device=places.device)
-    unary[places] = 1
-    return bits.pack_bits(unary)
-
-
-def _ones(packed: Tensor) -> Tensor:
-    found = bits.unpack_bits(packed)
-    if found.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(found.numpy()))  # three times as fast as torch.nonzero
-    return torch.nonzero(found).view(-1)
 
 
 def _checked(indices: Tensor, n: int) -> Tensor:

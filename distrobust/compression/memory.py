@@ -26,6 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distrobust.compression import native
 from distrobust.errors import CheckpointError
 
 
@@ -115,8 +116,16 @@ class Buffers(Protocol):
     rule: Rule
 
 
-def remove_sent(residual: Buffers, indices: Tensor, sent: Tensor) -> None:
-    """Takes `sent` (k,) float32, as receivers decode it, out of next_v at `indices` (k,) int64; masks next_u."""
+def remove_sent(residual: Buffers, places: Tensor, sent: Tensor, first: int = 0) -> None:
+    """Takes `sent` (k,) float32, as receivers decode it, out of next_v at `places` (k,) int64 - first; masks next_u.
+
+    Places are distinct.
+    """
+    masked = residual.next_u if residual.rule.masking and residual.rule.momentum else None
+    if native.takes(residual.next_v, places, sent):
+        native.remove(residual.next_v, masked, places, first, sent)
+        return
+    indices = places - first
     residual.next_v.index_add_(0, indices, sent, alpha=-1)
-    if residual.rule.masking and residual.rule.momentum:
-        residual.next_u.index_fill_(0, indices, 0.0)
+    if masked is not None:
+        masked.index_fill_(0, indices, 0.0)

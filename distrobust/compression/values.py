@@ -12,13 +12,14 @@ sit just above the threshold with a long tail, where fitted levels have less tha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distrobust.compression import bits
+from distrobust.compression import bits, native
 
 FITTED_FROM = 512  # values in a block: a table of 8 levels costs 16 bytes, a sixteenth of the block's values
 SAMPLE = 512  # magnitudes of a block that its levels are fitted to
@@ -131,31 +132,56 @@ def fit_levels(sample: Tensor, num_levels: int) -> Tensor:
     The first levels stand at equal ratios between a row's smallest and largest magnitude, so that the tail has some.
     """
     ordered = sample.sort(dim=1).values.contiguous()
-    rows, m = ordered.shape
     low, high = ordered[:, :1].clamp(min=1e-3), ordered[:, -1:].clamp(min=1e-3)
     share = (torch.arange(num_levels, device=sample.device) + 0.5) / num_levels
     levels = low * (high / low) ** share
     sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
-    first = torch.zeros((rows, 1), dtype=torch.int64, device=sample.device)
+    return _lloyd(ordered, sums, levels).sort(dim=1).values
+
+
+def _lloyd(ordered: Tensor, sums: Tensor, levels: Tensor) -> Tensor:
+    """Rounds of moving every level to the mean of the magnitudes nearest to it, from running sums (rows, m + 1)."""
+    if native.takes(ordered, sums):
+        return native.lloyd(ordered, sums, levels, ROUNDS)
+    rows, m = ordered.shape
+    first = torch.zeros((rows, 1), dtype=torch.int64, device=ordered.device)
     for _ in range(ROUNDS):
         middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
         ends = torch.cat([first, torch.searchsorted(ordered, middles), first + m], dim=1)
         counts = ends.diff(dim=1)
         means = (sums.gather(1, ends).diff(dim=1) / counts.clamp(min=1)).to(torch.float32)
         levels = torch.where(counts > 0, means, levels)
-    return levels.sort(dim=1).values
+    return levels
 
 
-def _tables(relative: Tensor, sizes: Sequence[int], fitted: list[int], num_levels: int) -> Tensor:
-    """(len(fitted), num_levels) float16, for the blocks named in `fitted`."""
-    starts = [sum(sizes[:i]) for i in fitted]
-    strides = [sizes[i] / SAMPLE for i in fitted]
-    steps = torch.arange(SAMPLE, device=relative.device)
-    begin = torch.tensor(starts, device=relative.device)[:, None]
-    stride = torch.tensor(strides, dtype=torch.float64, device=relative.device)[:, None]
-    places = (begin + (steps * stride).to(torch.int64)).clamp(max=relative.numel() - 1)  # a block may have lost all
+def _tables(values: Tensor, scales: Tensor, sizes: Sequence[int], fitted: list[int], num_levels: int) -> Tensor:
+    """(len(fitted), num_levels) float16, for the blocks named in `fitted`, in units of their scales."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    blocks = torch.tensor(fitted, device=values.device)
+    begin = torch.tensor([ends[i] for i in fitted], device=values.device)[:, None]
+    stride = torch.tensor([sizes[i] / SAMPLE for i in fitted], dtype=torch.float64, device=values.device)[:, None]
+    steps = torch.arange(SAMPLE, device=values.device)
+    places = (begin + (steps * stride).to(torch.int64)).clamp(max=values.numel() - 1)  # a block may have lost all
+    unit = scales[blocks].to(torch.float32)[:, None]
+    relative = torch.where(unit > 0, values[places].abs() / unit, torch.zeros_like(unit))
     # a level of infinity would be used by no value, and one that dwarfs its block would never leave the residual
-    return fit_levels(relative[places], num_levels).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+    return fit_levels(relative, num_levels).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+
+
+def _numbers(values: Tensor, sizes: Sequence[int], scales: Tensor, middles: Tensor) -> Tensor:
+    """(k,) int64: twice the number of a block's `middles` (blocks, m) below |value| / scale, plus one if negative."""
+    if native.takes(values, scales, middles):
+        return native.numbers(values, torch.tensor(sizes), scales, middles)
+    pieces = zip(_relative(values.abs(), scales, sizes).split(list(sizes)), middles.unbind(), strict=True)
+    return 2 * torch.cat([torch.bucketize(piece, middle) for piece, middle in pieces]) + (values < 0)
+
+
+def _looked_up(numbers: Tensor, sizes: Sequence[int], tables: Tensor) -> Tensor:
+    """(k,) float32: entries of each block's row of `tables` (blocks, m), for numbers (k,) int64 below m."""
+    if native.takes(numbers, tables):
+        return native.look_up(numbers, torch.tensor(sizes), tables)
+    bases = torch.arange(len(sizes), device=numbers.device) * tables.shape[1]
+    return tables.reshape(-1)[numbers + _spread(bases, sizes)]
 
 
 def _leveled(name: str, width: int) -> ValueCode:
@@ -176,21 +202,15 @@ def _leveled(name: str, width: int) -> ValueCode:
         return levels
 
     def encode(values: Tensor, sizes: Sequence[int], planned: Sequence[int]) -> Tensor:
-        magnitudes = values.abs()
-        scales = _scales(_means(magnitudes, sizes))
-        numbers = (values < 0).to(torch.int64)
+        scales = _scales(_means(values.abs(), sizes))
+        chosen = fitted(planned)
         tables = torch.zeros(0, dtype=torch.float16, device=values.device)
-        if num_levels > 1:
-            relative = _relative(magnitudes, scales, sizes)
-            chosen = fitted(planned)
-            if chosen:
-                tables = _tables(relative, sizes, chosen, num_levels)
-            levels = all_levels(tables, chosen, len(sizes))
-            middles = (levels[:, 1:] + levels[:, :-1]) / 2
-            pieces = zip(relative.split(list(sizes)), middles.unbind(), strict=True)
-            numbers += 2 * torch.cat([torch.bucketize(piece, middle) for piece, middle in pieces])
+        if chosen:
+            tables = _tables(values, scales, sizes, chosen, num_levels)
+        levels = all_levels(tables, chosen, len(sizes))
+        middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
         head = [scales.view(torch.uint8), tables.view(-1).view(torch.uint8)]
-        return torch.cat([*head, bits.pack(numbers, width)])
+        return torch.cat([*head, bits.pack(_numbers(values, sizes, scales.to(torch.float32), middles), width)])
 
     def decode(coded: Tensor, sizes: Sequence[int], planned: Sequence[int]) -> Tensor:
         chosen = fitted(planned)
@@ -202,8 +222,7 @@ def _leveled(name: str, width: int) -> ValueCode:
         levels = all_levels(_aligned(coded[split:end], torch.float16), chosen, len(sizes))
         levels = levels * scales[:, None]
         signed = torch.stack([levels, -levels], dim=2).clamp(-LARGEST, LARGEST)  # the lowest bit is the sign
-        bases = torch.arange(len(sizes), device=coded.device) * (2 * num_levels)
-        return signed.view(-1)[numbers + _spread(bases, sizes)]
+        return _looked_up(numbers, sizes, signed.view(len(sizes), 2 * num_levels))
 
     return ValueCode(name, num_bytes, encode, decode)
 

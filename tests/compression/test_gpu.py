@@ -47,7 +47,7 @@ def test_a_gpu_accumulates_and_selects_what_a_cpu_does(values: torch.Tensor, nam
             selected = accumulate_and_select(residual, gradient, values.to(device), 1.0, pieces, name)
             residual.commit(settled=False)
         assert selected is not None
-        found[device] = (torch.cat(selected).cpu(), residual.u.cpu(), residual.v.cpu())
+        found[device] = (torch.cat([s.indices for s in selected]).cpu(), residual.u.cpu(), residual.v.cpu())
         poisoned = gradient.clone()
         poisoned[-1] = torch.nan
         assert accumulate_and_select(residual, poisoned, values.to(device), 1.0, pieces, name) is None

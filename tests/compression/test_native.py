@@ -3,17 +3,22 @@
 import ctypes
 import functools
 import shutil
-import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from distrobust.compression import accumulate, native
-from distrobust.compression.memory import Residual, Rule
+from distrobust.compression import accumulate, bits, native, select
+from distrobust.compression.memory import Residual, Rule, remove_sent
+from distrobust.compression.native import build
+from distrobust.compression.values import VALUE_CODES
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 CPUINFO = Path("/proc/cpuinfo")
@@ -23,27 +28,21 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here
 
 @functools.cache
 def compiled(instructions: str) -> ctypes.CDLL:
-    flags = [flag for flag in native._FLAGS if not flag.startswith("-march")]
-    chosen = [f"-m{instructions}"] if instructions else []
-    pointer = ctypes.c_void_p
     assert COMPILER is not None
     with tempfile.TemporaryDirectory() as folder:
-        made = f"{folder}/native.so"
-        command = [COMPILER, *flags, *chosen, "-Wall", "-Werror", str(native._SOURCE), "-o", made, "-lm"]
-        subprocess.run(command, check=True, capture_output=True)
-        loaded = ctypes.CDLL(made)
-    loaded.distrobust_accumulate.argtypes = [*[pointer] * 6, ctypes.c_int64, *[pointer] * 3, ctypes.c_int64]
-    loaded.distrobust_accumulate.restype = ctypes.c_int64
-    return loaded
+        made = Path(folder) / "native.so"
+        chosen = [f"-m{instructions}"] if instructions else []
+        build.compile_to(made, COMPILER, [*chosen, "-Wall", "-Wextra", "-Werror"])
+        return build.load(made)
 
 
 @pytest.fixture(params=["avx512f", "avx2", ""], ids=["AVX-512", "AVX2", "plain"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """native.py with a library compiled for these instructions."""
+    """native with a library compiled for these instructions."""
     if request.param and request.param not in FLAGS:
         pytest.skip(f"this processor has no {request.param}")
     loaded = compiled(request.param)
-    monkeypatch.setattr(native, "_library", lambda: loaded)
+    monkeypatch.setattr(native, "library", lambda: loaded)
 
 
 def filled(n: int, rule: Rule, seed: int) -> tuple[Residual, Tensor, Tensor]:
@@ -72,7 +71,7 @@ def test_it_equals_numpy_to_the_bit(library: None, rule: Rule, n: int, factor: f
     results = []
     for one_pass in (native.accumulate, accumulate.blocked_pass):
         residual, g, w = filled(n, rule, seed=n)
-        assert native.fits(residual, g, w)
+        assert native.takes_pass(residual, g, w)
         found = one_pass(residual, g, w, factor, threshold, max(64, n // 3))
         results.append((residual.next_u, residual.next_v, found))
     (u, v, found), (expected_u, expected_v, expected) = results
@@ -80,8 +79,8 @@ def test_it_equals_numpy_to_the_bit(library: None, rule: Rule, n: int, factor: f
     assert torch.equal(v, expected_v)
     assert (found is None) == (expected is None)
     if found is not None and expected is not None:
-        assert np.array_equal(found[0], expected[0])
-        assert np.array_equal(found[1], expected[1])
+        assert torch.equal(found[0].long(), expected[0])
+        assert torch.equal(found[1], expected[1])
 
 
 @needs_compiler
@@ -98,29 +97,127 @@ def test_what_is_not_finite_is_listed(library: None, bad: float, place: int) -> 
 @needs_compiler
 def test_what_it_cannot_take_goes_to_numpy(library: None) -> None:
     residual, g, w = filled(100, Rule(0.9), seed=0)
-    assert native.fits(residual, g, w)
-    assert not native.fits(residual, g.to(torch.bfloat16), w)
-    assert not native.fits(residual, torch.randn(200)[::2], w)
+    assert native.takes_pass(residual, g, w)
+    assert not native.takes_pass(residual, g.to(torch.bfloat16), w)
+    assert not native.takes_pass(residual, torch.randn(200)[::2], w)
     residual.next_v = torch.zeros(101)[1:]
-    assert not native.fits(residual, g, w)
+    assert not native.takes_pass(residual, g, w)
+
+
+SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+SEEDS = st.integers(0, 2**32 - 1)
+each_library = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def both(function: Callable[[], Any]) -> tuple[Any, Any]:
+    """What `function` returns with the library and without it."""
+    compiled_result = function()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        return compiled_result, function()
+
+
+@needs_compiler
+@each_library
+@given(st.integers(1, 300), SEEDS, st.sampled_from(["normal", "ties", "zero", "tiny"]), st.data())
+def test_the_largest_are_those_that_the_exact_selector_takes(
+    library: None, count: int, seed: int, kind: str, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = {
+        "normal": lambda: rng.standard_normal(count) * 10.0 ** rng.integers(-30, 30, count),
+        "ties": lambda: rng.integers(-3, 4, count),
+        "zero": lambda: np.where(rng.random(count) < 0.5, 0.0, -0.0),
+        "tiny": lambda: rng.standard_normal(count) * 1e-42,  # subnormal
+    }[kind]()
+    values = torch.from_numpy(values.astype(np.float32))
+    places = torch.arange(count, dtype=torch.int32) * 7 + 3
+    k = data.draw(st.integers(1, count))
+    chosen, chosen_values, least = native.select(places, values, k)
+    expected = torch.from_numpy(select.exact(values.abs().numpy(), k))
+    assert torch.equal(chosen, places[expected].long())
+    assert torch.equal(chosen_values, values[expected])
+    assert least == float(values[expected].abs().min())
+
+
+@needs_compiler
+@each_library
+@given(st.integers(0, 100), st.integers(0, 56), SEEDS)
+def test_numbers_are_packed_and_unpacked_as_by_torch(library: None, k: int, width: int, seed: int) -> None:
+    """Bits above `width` are dropped by both."""
+    numbers = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**62, k))
+    packed, expected = both(lambda: bits.pack(numbers, width))
+    assert torch.equal(packed, expected)
+    unpacked, expected = both(lambda: bits.unpack(packed, k, width))
+    assert torch.equal(unpacked, expected)
+    assert torch.equal(unpacked, numbers & ((1 << width) - 1))
+
+
+@needs_compiler
+@each_library
+@given(st.sets(st.integers(0, 299)), st.integers(0, 400))
+def test_bits_are_marked_and_found_as_by_numpy(library: None, places: set[int], room: int) -> None:
+    chosen = torch.tensor(sorted(places), dtype=torch.int64)
+    packed, expected = both(lambda: bits.mark(chosen, 300))
+    assert torch.equal(packed, expected)
+    found, expected = both(lambda: bits.marked(packed, room))
+    assert torch.equal(found, expected)
+    assert torch.equal(found, chosen[:room])
+
+
+@needs_compiler
+@each_library
+@given(SIZES, SEEDS, st.sampled_from(["4bit", "2bit", "sign"]))
+def test_values_are_coded_and_decoded_as_by_torch(library: None, sizes: list[int], seed: int, name: str) -> None:
+    """Some blocks long enough to have levels fitted to them, some all zero."""
+    sizes = [size if size % 3 else 16 * size for size in sizes]
+    rng = np.random.default_rng(seed)
+    values = np.concatenate([rng.standard_normal(s) * np.exp(rng.normal()) * (s != 7) for s in [*sizes, 1]])
+    values = torch.from_numpy(values.astype(np.float32))
+    sizes.append(1)
+    code = VALUE_CODES[name]
+    coded, expected = both(lambda: code.encode(values, sizes, sizes))
+    assert torch.equal(coded, expected)
+    decoded, expected = both(lambda: code.decode(coded, sizes, sizes))
+    assert torch.equal(decoded, expected)
+
+
+@needs_compiler
+@each_library
+@given(st.integers(1, 200), SEEDS, st.booleans(), st.integers(0, 50))
+def test_what_was_sent_leaves_as_with_torch(library: None, n: int, seed: int, masking: bool, first: int) -> None:
+    rng = np.random.default_rng(seed)
+    places = torch.from_numpy(np.flatnonzero(rng.random(n) < 0.4))
+    sent = torch.from_numpy(rng.standard_normal(len(places)).astype(np.float32))
+
+    def removed() -> tuple[Tensor, Tensor]:
+        residual, _, _ = filled(n, Rule(0.9, masking=masking), seed)
+        residual.next_v.copy_(residual.v)
+        residual.next_u.copy_(residual.u)
+        remove_sent(residual, places + first, sent, first)
+        return residual.next_v, residual.next_u
+
+    ours, theirs = both(removed)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
 
 
 def test_without_a_compiler_the_numpy_version_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    native._library.cache_clear()
+    build.library.cache_clear()
     residual, g, w = filled(100, Rule(0.9), seed=0)
     try:
-        assert not native.fits(residual, g, w)
+        assert not native.takes_pass(residual, g, w)
     finally:
-        native._library.cache_clear()
+        build.library.cache_clear()
 
 
 def test_a_compiler_that_fails_is_not_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: "/bin/false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._library.cache_clear()
+    build.library.cache_clear()
     residual, g, w = filled(100, Rule(0.9), seed=0)
     try:
-        assert not native.fits(residual, g, w)
+        assert not native.takes_pass(residual, g, w)
     finally:
-        native._library.cache_clear()
+        build.library.cache_clear()

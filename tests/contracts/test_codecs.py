@@ -361,7 +361,7 @@ def test_rice_refuses_indices_out_of_range_and_an_impossible_number_of_them() ->
     for count in (0, 4, 255):
         other = good.clone()
         other[0] = count
-        with pytest.raises(CodecError, match=f"indices in a payload that says {count} of at most 3"):
+        with pytest.raises(CodecError, match=f"says it holds {count} indices, of at most 3"):
             code.decode(other, n, k)
     with pytest.raises(CodecError, match="not strictly ascending below 99"):
         code.decode(good, 99, k)

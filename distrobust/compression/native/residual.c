@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 typedef struct {
     float momentum, factor, decay, threshold;
@@ -117,4 +118,51 @@ int64_t distrobust_accumulate(const float *u, const float *v, const float *g, co
     if (count < 0) return count;
 #endif
     return scalar(u, v, g, w, next_u, next_v, whole, n, r, places, sums, count, room);
+}
+
+/* The k of largest magnitude among `count` values (k <= count), in the order they come; of equals, the first ones.
+   Writes their places and values, and the smallest of their magnitudes. No value is NaN.
+
+   A float's magnitude is ordered as its bits are: the k-th largest is found digit by digit, from the top. */
+void distrobust_select(const int32_t *places, const float *values, int64_t count, int64_t k, int64_t *chosen,
+                       float *chosen_values, float *least) {
+    static const int shifts[3] = {20, 10, 0};
+    const uint32_t *words = (const uint32_t *)values; /* -fno-strict-aliasing */
+    const uint32_t magnitude = 0x7fffffffu;
+    uint32_t threshold = 0, known = 0; /* the digits of the k-th largest found so far, and which bits those are */
+    int64_t left = k;                  /* its rank among those that share them */
+    for (int pass = 0; pass < 3; pass++) {
+        int64_t counts[1 << 11] = {0};
+        const uint32_t digits = pass == 0 ? (1u << 11) - 1 : (1u << 10) - 1;
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t word = words[i] & magnitude;
+            if ((word & known) == threshold) counts[word >> shifts[pass] & digits]++;
+        }
+        uint32_t digit = digits;
+        while (digit > 0 && left > counts[digit]) left -= counts[digit--];
+        threshold |= digit << shifts[pass];
+        known |= digits << shifts[pass];
+    }
+    int64_t at = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t word = words[i] & magnitude;
+        if (word < threshold || (word == threshold && left-- <= 0)) continue;
+        chosen[at] = places[i];
+        chosen_values[at++] = values[i];
+    }
+    memcpy(least, &threshold, sizeof threshold);
+}
+
+/* v[i] -= sent and, if there is a u, u[i] = 0, for i = places - first. The lines were streamed out: fetched ahead. */
+void distrobust_remove(float *v, float *u, const int64_t *places, int64_t first, const float *sent, int64_t k) {
+    enum { AHEAD = 24 };
+    for (int64_t j = 0; j < k; j++) {
+        if (j + AHEAD < k) {
+            __builtin_prefetch(v + (places[j + AHEAD] - first), 1);
+            if (u) __builtin_prefetch(u + (places[j + AHEAD] - first), 1);
+        }
+        int64_t i = places[j] - first;
+        v[i] -= sent[j];
+        if (u) u[i] = 0.0f;
+    }
 }

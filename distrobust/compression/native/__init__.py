@@ -1,0 +1,136 @@
+"""What takes most of a step's time on a CPU, as compiled C, where this machine has a compiler.
+
+Worth its toolchain: the local part takes about half the time (benchmarks/results/local_part.json). Every function here
+has a version in numpy or torch beside the code that calls it, equal to the bit, which runs elsewhere: on a GPU, without
+a compiler, and where building fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distrobust.compression.native.build import library
+
+if TYPE_CHECKING:
+    from distrobust.compression.memory import Residual
+
+_ALIGNMENT = 64
+_LARGEST = 2**31 - 1  # places of candidates are int32
+
+
+class _Rule(ctypes.Structure):
+    _fields_ = (
+        ("momentum", ctypes.c_float),
+        ("factor", ctypes.c_float),
+        ("decay", ctypes.c_float),
+        ("threshold", ctypes.c_float),
+        ("has_momentum", ctypes.c_int32),
+        ("has_decay", ctypes.c_int32),
+        ("nesterov", ctypes.c_int32),
+    )
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the functions below can be called on these: there is a library, they are in memory, in order."""
+    return all(t.device.type == "cpu" and t.is_contiguous() for t in tensors) and library() is not None
+
+
+def _call(name: str, *arguments: Any) -> int:
+    loaded = library()
+    assert loaded is not None
+    passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    result: int = getattr(loaded, f"distrobust_{name}")(*passed)
+    return result
+
+
+def takes_pass(residual: Residual, gradient: Tensor, weight: Tensor) -> bool:
+    """Whether `accumulate` can be called on these."""
+    floats = gradient.dtype == torch.float32 and weight.dtype == torch.float32
+    aligned = all(t.data_ptr() % _ALIGNMENT == 0 for t in (residual.next_u, residual.next_v))
+    return floats and aligned and residual.v.numel() <= _LARGEST and takes(gradient, weight)
+
+
+def accumulate(
+    residual: Residual, gradient: Tensor, weight: Tensor, factor: float, threshold: float, room: int
+) -> tuple[Tensor, Tensor] | None:
+    """`accumulate.blocked_pass`, with places in int32. Call it only if `takes_pass`."""
+    rule = residual.rule
+    tensors = (residual.u, residual.v, gradient, weight, residual.next_u, residual.next_v)
+    flags = (rule.momentum != 0.0, rule.weight_decay != 0.0, rule.nesterov)
+
+    def run(least: float, places: Tensor, sums: Tensor) -> int:
+        passed = ctypes.byref(_Rule(rule.momentum, factor, rule.weight_decay, least, *flags))
+        return _call("accumulate", *tensors, residual.v.numel(), passed, places, sums, places.numel())
+
+    nothing = torch.empty(0, dtype=torch.int32), torch.empty(0)
+    if threshold <= 0.0:
+        run(math.inf, *nothing)
+        return None
+    places, sums = torch.empty(room + 16, dtype=torch.int32), torch.empty(room + 16)
+    count = run(threshold, places, sums)
+    if count < 0:  # written in part only: once more, without a list
+        run(math.inf, *nothing)
+    return (places[:count], sums[:count]) if 0 <= count < room else None
+
+
+def select(places: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+    """Of `places` (m,) int32 and `values` (m,), m >= k, without NaN, those of the k largest magnitudes.
+
+    Which ones, `select.exact` says. Returns places (k,) int64, values (k,) and the smallest magnitude.
+    """
+    chosen, chosen_values = torch.empty(k, dtype=torch.int64), torch.empty(k)
+    least = ctypes.c_float()
+    _call("select", places, values, places.numel(), k, chosen, chosen_values, ctypes.byref(least))
+    return chosen, chosen_values, least.value
+
+
+def remove(v: Tensor, u: Tensor | None, places: Tensor, first: int, sent: Tensor) -> None:
+    """v[places - first] -= sent; u is zero there. Places are distinct."""
+    _call("remove", v, u, places, first, sent, places.numel())
+
+
+def pack(numbers: Tensor, width: int, out: Tensor) -> None:
+    """`bits.pack` into `out`."""
+    _call("pack", numbers, numbers.numel(), width, out)
+
+
+def unpack(packed: Tensor, width: int, out: Tensor) -> None:
+    """`bits.unpack` into `out`."""
+    _call("unpack", packed, out.numel(), width, out)
+
+
+def mark(places: Tensor, out: Tensor) -> None:
+    """`bits.mark` into `out`, which is zero."""
+    _call("mark", places, places.numel(), out)
+
+
+def marked(packed: Tensor, room: int) -> Tensor:
+    """`bits.marked`, at most `room` of them."""
+    out = torch.empty(room, dtype=torch.int64)
+    return out[: _call("marked", packed, packed.numel(), room, out)]
+
+
+def numbers(values: Tensor, sizes: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
+    """`values._numbers`"""
+    out = torch.empty(values.numel(), dtype=torch.int64)
+    _call("numbers", values, sizes, sizes.numel(), scales, middles, middles.shape[1], out)
+    return out
+
+
+def look_up(numbers: Tensor, sizes: Tensor, tables: Tensor) -> Tensor:
+    """`values._looked_up`"""
+    out = torch.empty(numbers.numel())
+    _call("look_up", numbers, sizes, sizes.numel(), tables, tables.shape[1], out)
+    return out
+
+
+def lloyd(ordered: Tensor, sums: Tensor, levels: Tensor, rounds: int) -> Tensor:
+    """`values._lloyd`"""
+    levels = levels.contiguous().clone()
+    _call("lloyd", ordered, sums, *ordered.shape, levels, levels.shape[1], rounds)
+    return levels
