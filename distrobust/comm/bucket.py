@@ -98,8 +98,8 @@ def unscaled(part: Part, scale: float) -> Tensor:
     return part.gradient.to(torch.float32) / scale if scale != 1.0 else part.gradient
 
 
-def had_gradient(settings: Settings, gradient: Tensor) -> Tensor:
-    """Whether this rank had a gradient; DDP leaves zeros in the bucket for a parameter that was not used."""
+def had_gradients(settings: Settings, parts: list[Part]) -> Tensor:
+    """(parts,) bool: whether this rank had a gradient; DDP leaves zeros for a parameter that was not used."""
     if settings.detect_unused:
-        return (gradient != 0).any()
-    return torch.ones((), dtype=torch.bool, device=gradient.device)
+        return torch.stack([(part.gradient != 0).any() for part in parts])
+    return torch.ones(len(parts), dtype=torch.bool, device=parts[0].gradient.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distrobust.comm.bucket import Bucket, Exchange, Mean, Settings, Step, Verdict, had_gradient, unscaled
+from distrobust.comm.bucket import Bucket, Exchange, Mean, Settings, Step, Verdict, had_gradients, unscaled
 from distrobust.comm.line import Part
 from distrobust.comm.transport import AllReduce
 from distrobust.compression import memory
@@ -38,9 +38,9 @@ def _reduce_gradient(settings: Settings, bucket: Tensor, parts: list[Part], scal
         return Mean(finite=False)
     mean = torch.empty(bucket.numel(), device=bucket.device)
     result = Mean(flat=mean)
-    for part in parts:
+    for part, used in zip(parts, had_gradients(settings, parts).tolist(), strict=True):
         gradient = unscaled(part, scale)
-        result.used[part.name] = bool(had_gradient(settings, gradient))
+        result.used[part.name] = used
         if settings.observer is not None:
             result.side[part.name] = float(settings.observer.observe(part.name, gradient))
         rule = memory.Rule(weight_decay=part.residual.rule.weight_decay)
@@ -50,10 +50,9 @@ def _reduce_gradient(settings: Settings, bucket: Tensor, parts: list[Part], scal
 
 def _reduce_residual(settings: Settings, bucket: Tensor, parts: list[Part], scale: float) -> Exchange:
     num_ranks = settings.transport.num_ranks
-    used = torch.ones(len(parts), device=bucket.device)
-    for i, part in enumerate(parts):
+    used = had_gradients(settings, parts).to(torch.float32)
+    for part in parts:
         gradient = unscaled(part, scale)
-        used[i] = had_gradient(settings, gradient)
         factor = memory.clip_factor(gradient, part.residual.rule, num_ranks)
         memory.accumulate(part.residual, memory.decayed(gradient, part.weight, part.residual.rule, factor))
     halves = [part.residual.next_v for part in parts] + [part.residual.next_u for part in parts]

@@ -37,7 +37,11 @@ def all_gather(settings: Settings, step: Step, bucket: Bucket, verdict: Verdict)
     received = yield AllGather(local.messages[0])
 
     def compute() -> Mean:
-        decoded = [_unpack(local.layouts[0], received[rank], rank, bucket) for rank in range(transport.num_ranks)]
+        layout, known = local.layouts[0], local.decoded.get(0)
+        decoded = [
+            _unpack(layout, received[rank], rank, bucket, known if rank == transport.rank else None)
+            for rank in range(transport.num_ranks)
+        ]
         mean = local.headers(decoded)
         if mean.finite:
             _share_out(mean, bucket, [(m.indices, m.values / transport.num_ranks) for m in decoded], local.size)
@@ -121,10 +125,14 @@ def _rows(messages: list[Tensor], length: int) -> Tensor:
     return rows
 
 
-def _unpack(layout: Layout, received: Tensor, rank: int, bucket: Bucket) -> Message:
+def _unpack(layout: Layout, received: Tensor, rank: int, bucket: Bucket, known: Message | None = None) -> Message:
+    """`known`: what is in it if it arrives as it left."""
     names = f"{bucket.parts[0].name} .. {bucket.parts[-1].name}"
     where = f"step {layout.step}, message of rank {rank} for {names}"
     try:
+        if known is not None:
+            message.check(layout, received)
+            return known
         decoded = message.unpack(layout, received)
     except CodecError as error:
         raise CodecError(f"{where}: {error}; nothing was applied") from None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distrobust.comm import line
-from distrobust.comm.bucket import Bucket, Mean, Settings, Step, Verdict, had_gradient, unscaled
+from distrobust.comm.bucket import Bucket, Mean, Settings, Step, Verdict, had_gradients, unscaled
 from distrobust.comm.line import Cut, Joined, Unit
 from distrobust.compression import codec, memory, message
 from distrobust.compression.accumulate import Piece, Selected, accumulate_and_select, select_piece
@@ -28,6 +28,7 @@ class LocalHalf:
         self.size = bucket.flat.numel() + fused_size
         self.num_side = len(bucket.parts) if settings.observer is not None else 0
         self._chosen: dict[tuple[str, int], Selected] = {}
+        self.decoded: dict[int, Message] = {}  # messages of this rank, as receivers will read them
         used, side = self._accumulate()
         self.cuts = self._cut(self._join() if fused_size else None)
         self.layouts = [self.layout(0 if i == owned else cut.space.k, i) for i, cut in enumerate(self.cuts)]
@@ -59,11 +60,10 @@ class LocalHalf:
     def _accumulate(self) -> tuple[Tensor, Tensor]:
         """Every part's gradient into its next buffers, large ones selected from. The flags and side values to send."""
         settings, step = self.settings, self.step
-        used, side = [], []
+        used, side = had_gradients(settings, self.bucket.parts), []
         by_part = self._pieces_by_part()
         for part in self.bucket.parts:
             gradient = unscaled(part, step.scale)
-            used.append(had_gradient(settings, gradient))
             if settings.observer is not None:
                 side.append(settings.observer.observe(part.name, gradient))
             rule = part.residual.rule
@@ -78,7 +78,7 @@ class LocalHalf:
                 continue
             self._chosen.update({(part.name, number): s for number, s in zip(numbers, found, strict=True)})
         device = self.bucket.flat.device
-        return torch.stack(used), torch.stack(side) if side else torch.zeros(0, device=device)
+        return used, torch.stack(side) if side else torch.zeros(0, device=device)
 
     def _pieces_by_part(self) -> dict[str, tuple[list[int], list[Piece]]]:
         """For each large part: the cuts it lies in, without the owned one, and its pieces there."""
@@ -104,11 +104,14 @@ class LocalHalf:
 
     def _message(self, number: int, used: Tensor, side: Tensor) -> Tensor:
         layout = self.layouts[number]
-        payload = self._encode(self.cuts[number], number) if layout.space.k else None
+        if not layout.space.k:
+            return message.pack(layout, used, side, None)
+        payload, places, sent = self._encode(self.cuts[number], number)
+        self.decoded[number] = Message(0, used, side, places, sent)
         return message.pack(layout, used, side, payload)
 
-    def _encode(self, cut: Cut, number: int) -> Tensor:
-        """Codes what was selected in a cut and removes what receivers will decode."""
+    def _encode(self, cut: Cut, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes what was selected in a cut and removes what receivers will decode, which is returned too."""
         selected = [
             self._chosen[unit.part.name, number] if unit.part is not None else select_in(self.settings, unit, piece)
             for unit, piece in cut.pieces
@@ -116,7 +119,7 @@ class LocalHalf:
         places, values = line.join(cut, selected)
         payload, places, sent = codec.encode(places, values, cut.space, self.settings.code)
         line.remove_sent(cut, places, sent)
-        return payload
+        return payload, places, sent
 
 
 def select_in(settings: Settings, unit: Unit, piece: Piece) -> Selected:

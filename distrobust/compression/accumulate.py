@@ -61,7 +61,7 @@ def accumulate_and_select(
     one_pass = native.accumulate if native.takes_pass(residual, gradient, weight) else blocked_pass
     found = one_pass(residual, gradient, weight, float(factor), threshold, room)
     places, sums = (torch.empty(0, dtype=torch.int64), torch.empty(0)) if found is None else found
-    if not bool(torch.isfinite(residual.next_v if found is None else sums).all()):
+    if not np.isfinite((residual.next_v if found is None else sums).numpy()).all():
         return None
     chosen, least = [], math.inf
     for piece, (low, high) in zip(pieces, _bounds(places, pieces, residual.v.numel()), strict=True):

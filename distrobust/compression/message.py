@@ -83,11 +83,8 @@ def pack_status(layout: Layout, status: int, device: torch.device) -> Tensor:
 
 def unpack(layout: Layout, message: Tensor) -> Message:
     """The decoded message; raises CodecError if it is damaged."""
-    if message.numel() != layout.num_bytes:
-        raise CodecError(f"message of {message.numel()} bytes, expected {layout.num_bytes}")
+    check(layout, message)
     body = message[_CHECKSUM_BYTES:]
-    if not torch.equal(message[:_CHECKSUM_BYTES], _checksum(layout, body)):
-        raise CodecError("checksum does not match: the message is corrupted, or comes from another step or layout")
     at = 1 + bits.num_bytes(layout.num_parameters)
     used = bits.unpack_bits(body[1:at])[: layout.num_parameters].bool()
     side = body[at : at + 4 * layout.num_side].clone().view(torch.float32)
@@ -97,6 +94,14 @@ def unpack(layout: Layout, message: Tensor) -> Message:
         nothing = torch.zeros(0, dtype=torch.int64, device=message.device)
         return Message(status, used, side, nothing, nothing.to(torch.float32))
     return Message(status, used, side, *codec.decode(body[at:], layout.space, layout.code))
+
+
+def check(layout: Layout, message: Tensor) -> None:
+    """Raises CodecError if the message is damaged."""
+    if message.numel() != layout.num_bytes:
+        raise CodecError(f"message of {message.numel()} bytes, expected {layout.num_bytes}")
+    if not torch.equal(message[:_CHECKSUM_BYTES], _checksum(layout, message[_CHECKSUM_BYTES:])):
+        raise CodecError("checksum does not match: the message is corrupted, or comes from another step or layout")
 
 
 def _seal(layout: Layout, body: Tensor) -> Tensor:

@@ -120,35 +120,30 @@ int64_t distrobust_accumulate(const float *u, const float *v, const float *g, co
     return scalar(u, v, g, w, next_u, next_v, whole, n, r, places, sums, count, room);
 }
 
-/* The k of largest magnitude among `count` values (k <= count), in the order they come; of equals, the first ones.
+/* The k of largest magnitude among `count` values (1 <= k <= count), in the order they come; of equals, the first ones.
    Writes their places and values, and the smallest of their magnitudes. No value is NaN.
 
-   A float's magnitude is ordered as its bits are: the k-th largest is found digit by digit, from the top. */
+   A magnitude is ordered as its bits are: the k-th largest is found bit by bit, counting in vectors. */
 void distrobust_select(const int32_t *places, const float *values, int64_t count, int64_t k, int64_t *chosen,
                        float *chosen_values, float *least) {
-    static const int shifts[3] = {20, 10, 0};
     const uint32_t *words = (const uint32_t *)values; /* -fno-strict-aliasing */
     const uint32_t magnitude = 0x7fffffffu;
-    uint32_t threshold = 0, known = 0; /* the digits of the k-th largest found so far, and which bits those are */
-    int64_t left = k;                  /* its rank among those that share them */
-    for (int pass = 0; pass < 3; pass++) {
-        int64_t counts[1 << 11] = {0};
-        const uint32_t digits = pass == 0 ? (1u << 11) - 1 : (1u << 10) - 1;
-        for (int64_t i = 0; i < count; i++) {
-            uint32_t word = words[i] & magnitude;
-            if ((word & known) == threshold) counts[word >> shifts[pass] & digits]++;
-        }
-        uint32_t digit = digits;
-        while (digit > 0 && left > counts[digit]) left -= counts[digit--];
-        threshold |= digit << shifts[pass];
-        known |= digits << shifts[pass];
+    uint32_t threshold = 0;
+    for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
+        const uint32_t tried = threshold | bit;
+        int32_t reached = 0; /* there are fewer than 2^31 places */
+        for (int64_t i = 0; i < count; i++) reached += (words[i] & magnitude) >= tried;
+        if (reached >= k) threshold = tried;
     }
-    int64_t at = 0;
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t word = words[i] & magnitude;
-        if (word < threshold || (word == threshold && left-- <= 0)) continue;
+    int64_t ties = k;
+    for (int64_t i = 0; i < count; i++) ties -= (words[i] & magnitude) > threshold;
+    for (int64_t i = 0, at = 0; at < k; i++) {
+        const uint32_t word = words[i] & magnitude;
+        const int tie = word == threshold;
         chosen[at] = places[i];
-        chosen_values[at++] = values[i];
+        chosen_values[at] = values[i];
+        at += (word > threshold) | (tie & (ties > 0));
+        ties -= tie;
     }
     memcpy(least, &threshold, sizeof threshold);
 }
