@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distrobust.comm.line import Part
 from distrobust.comm.transport import Local, Request, Transport
+from distrobust.compression import native
 from distrobust.compression.codec import Code
 from distrobust.compression.memory import Residual
 
@@ -38,9 +39,13 @@ class Mean:
         if self.flat is not None:
             bucket.copy_(self.flat if scale == 1.0 else self.flat * scale)
             return
+        payloads = [(places, (v if scale == 1.0 else v * scale).to(bucket.dtype)) for places, v in self.payloads]
+        if bucket.dtype == torch.float32 and native.takes(bucket, *(tensor for pair in payloads for tensor in pair)):
+            native.scatter(bucket, payloads)
+            return
         bucket.zero_()
-        for places, values in self.payloads:
-            bucket.index_add_(0, places, (values if scale == 1.0 else values * scale).to(bucket.dtype))
+        for places, values in payloads:
+            bucket.index_add_(0, places, values)
 
 
 class Observer(Protocol):

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distrobust.comm.bucket import Mean
 from distrobust.compression import accumulate, bits, native, select
 from distrobust.compression.memory import Residual, Rule, remove_sent
 from distrobust.compression.native import build
@@ -200,6 +201,26 @@ def test_what_was_sent_leaves_as_with_torch(library: None, n: int, seed: int, ma
     ours, theirs = both(removed)
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
+
+
+@needs_compiler
+@each_library
+@given(st.integers(1, 200), st.integers(0, 20), SEEDS)
+def test_payloads_are_added_up_as_by_torch(library: None, n: int, offset: int, seed: int) -> None:
+    """Whatever was there before, and wherever the bucket begins."""
+    rng = np.random.default_rng(seed)
+    payloads = []
+    for _ in range(3):
+        places = torch.from_numpy(np.flatnonzero(rng.random(n) < 0.3))
+        payloads.append((places, torch.from_numpy(rng.standard_normal(len(places)).astype(np.float32))))
+
+    def written() -> Tensor:
+        around = torch.full((offset + n + 40,), torch.nan)
+        Mean(payloads=payloads).write(around[offset : offset + n], 1.0)
+        return around
+
+    ours, theirs = both(written)
+    assert torch.equal(ours.nan_to_num(9.0), theirs.nan_to_num(9.0))
 
 
 def test_without_a_compiler_the_numpy_version_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,13 @@ def select(places: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor, floa
     return chosen, chosen_values, least.value
 
 
+def scatter(out: Tensor, payloads: list[tuple[Tensor, Tensor]]) -> None:
+    """Writes the sum of sparse vectors, places (k,) int64 and values (k,) float32 each, in their order, into `out`."""
+    _call("clear", out, out.numel())
+    for places, values in payloads:
+        _call("add", out, places, values, places.numel())
+
+
 def remove(v: Tensor, u: Tensor | None, places: Tensor, first: int, sent: Tensor) -> None:
     """v[places - first] -= sent; u is zero there. Places are distinct."""
     _call("remove", v, u, places, first, sent, places.numel())

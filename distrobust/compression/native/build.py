@@ -20,6 +20,8 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "accumulate": ([*[_POINTER] * 6, _INT, *[_POINTER] * 3, _INT], _INT),
     "select": ([_POINTER, _POINTER, _INT, _INT, *[_POINTER] * 3], None),
+    "clear": ([_POINTER, _INT], None),
+    "add": ([_POINTER, _POINTER, _POINTER, _INT], None),
     "remove": ([*[_POINTER] * 3, _INT, _POINTER, _INT], None),
     "pack": ([_POINTER, _INT, _INT, _POINTER], None),
     "unpack": ([_POINTER, _INT, _INT, _POINTER], None),

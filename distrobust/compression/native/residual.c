@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+enum { AHEAD = 24 }; /* scattered places are fetched this many before they are needed */
+
 typedef struct {
     float momentum, factor, decay, threshold;
     int32_t has_momentum, has_decay, nesterov; /* a number that rounds to zero is there all the same */
@@ -148,9 +150,31 @@ void distrobust_select(const int32_t *places, const float *values, int64_t count
     memcpy(least, &threshold, sizeof threshold);
 }
 
+/* out = 0, around the cache: a bucket is larger than it. */
+void distrobust_clear(float *out, int64_t n) {
+    int64_t i = 0;
+#ifdef __AVX512F__
+    for (; i < n && (uintptr_t)(out + i) % 64; i++) out[i] = 0.0f;
+    for (; i + 16 <= n; i += 16) _mm512_stream_ps(out + i, _mm512_setzero_ps());
+    _mm_sfence();
+#elif defined(__AVX2__)
+    for (; i < n && (uintptr_t)(out + i) % 32; i++) out[i] = 0.0f;
+    for (; i + 8 <= n; i += 8) _mm256_stream_ps(out + i, _mm256_setzero_ps());
+    _mm_sfence();
+#endif
+    for (; i < n; i++) out[i] = 0.0f;
+}
+
+/* out[places] += values */
+void distrobust_add(float *out, const int64_t *places, const float *values, int64_t k) {
+    for (int64_t j = 0; j < k; j++) {
+        if (j + AHEAD < k) __builtin_prefetch(out + places[j + AHEAD], 1);
+        out[places[j]] += values[j];
+    }
+}
+
 /* v[i] -= sent and, if there is a u, u[i] = 0, for i = places - first. The lines were streamed out: fetched ahead. */
 void distrobust_remove(float *v, float *u, const int64_t *places, int64_t first, const float *sent, int64_t k) {
-    enum { AHEAD = 24 };
     for (int64_t j = 0; j < k; j++) {
         if (j + AHEAD < k) {
             __builtin_prefetch(v + (places[j + AHEAD] - first), 1);
