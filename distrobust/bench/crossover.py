@@ -15,13 +15,12 @@ from typing import Any
 from distrobust.bench import cost, lab, launch
 from distrobust.bench.cost import Cost, Local
 from distrobust.bench.link import GOODPUT
-from distrobust.bench.methods import DENSE, FLOOR, FP16, Method, percent
+from distrobust.bench.methods import DENSE, FP16, SETTLED, Method, percent
 from distrobust.bench.shapes import NUM_PARAMETERS
 
 WORKERS = tuple(2**power for power in range(1, 11))
 EXCHANGES = ("all_gather", "sharded")
-_PRETENDED = (2, 6)  # workers: two points of a line, few enough that the faster exchange is the all_gather
-_SHARDED_BETWEEN = (2, 4)  # processes
+_BETWEEN = (2, 4)  # processes: two points of a line
 _TIMED_STEPS = 5
 
 
@@ -74,7 +73,7 @@ class Machine:
 
 def sparse_method(density: float, values: str, exchange: str) -> Method:
     options = {"density": density, "exchange": exchange} | ({"values": values} if values else {})
-    return Method(percent(density), "distrobust.bench.methods:ours", options)
+    return Method(percent(density), "distrobust.bench.methods:ours", options, warmup=SETTLED)
 
 
 def measure_machine(
@@ -85,38 +84,36 @@ def measure_machine(
     threads: int = 1,
     num_parameters: int = NUM_PARAMETERS,
 ) -> Machine:
-    """Times the hooks in `together` processes at once, without a link; scaled to `num_parameters` from ResNet-50's."""
-    sparse = [sparse_method(density, values, "all_gather").to_json() for density in densities]
+    """Times the hooks without a link; scaled to `num_parameters` from ResNet-50's.
+
+    Dense and 16-bit in `together` processes that do not speak to each other; ours between processes over loopback.
+    """
     here = "distrobust.bench.methods"
-    plain = [Method(FLOOR, f"{here}:floor").to_json(), Method(FP16, f"{here}:fp16").to_json()]
-    arguments = {"methods": {"1": plain} | {str(n): sparse for n in _PRETENDED}, "steps": _TIMED_STEPS}
-    measured = launch.run(
+    plain = {DENSE: f"{here}:floor", FP16: f"{here}:fp16"}
+    arguments = {"methods": [Method(*each).to_json() for each in plain.items()], "steps": _TIMED_STEPS}
+    alone = launch.run(
         lab.local(together), "distrobust.bench.local_cost:measure", arguments, threads=threads, timeout_s=900.0
     )
+    local = {name: Local(statistics.fmean(statistics.median(rank[name]) for rank in alone)) for name in plain}
+    gathered, messages = _between_processes("all_gather", densities, values, threads)
+    two_hops, _ = _between_processes("sharded", densities, values, threads)
     scale = num_parameters / NUM_PARAMETERS
-    local = {}
-    for name in measured[0]:
-        seconds = {
-            int(workers): statistics.fmean(statistics.median(rank[name]["seconds"][workers]) for rank in measured)
-            for workers in measured[0][name]["seconds"]
-        }
-        local[DENSE if name == FLOOR else name] = cost.fit(seconds).times(scale)
-    messages = {
-        name: entry["message_bytes"] * scale
-        for name, entry in measured[0].items()
-        if entry["message_bytes"] is not None
-    }
-    two_hops = {name: each.times(scale) for name, each in _two_hops(densities, values, threads).items()}
-    return Machine(local, two_hops, messages, num_parameters)
+    return Machine(
+        {name: each.times(scale) for name, each in (local | gathered).items()},
+        {name: each.times(scale) for name, each in two_hops.items()},
+        {name: size * scale for name, size in messages.items()},
+        num_parameters,
+    )
 
 
-def _two_hops(densities: Sequence[float], values: str, threads: int) -> dict[str, Local]:
-    """Sharded steps between processes over loopback, where the exchange itself takes next to nothing.
+def _between_processes(
+    exchange: str, densities: Sequence[float], values: str, threads: int
+) -> tuple[dict[str, Local], dict[str, float]]:
+    """Seconds of a step over loopback, where the exchange itself takes next to nothing; bytes to each other worker.
 
-    The fake group cannot stand in for other ranks here: every rank's parts differ in length. Where there are more
-    processes than cores they take turns, and a step is divided by how many share a core.
+    Where there are more processes than cores they take turns, and a step is divided by how many share a core.
     """
-    methods = [sparse_method(density, values, "sharded") for density in densities]
+    methods = [sparse_method(density, values, exchange) for density in densities]
     arguments = {
         "methods": [m.to_json() for m in methods],
         "steps": _TIMED_STEPS,
@@ -124,7 +121,8 @@ def _two_hops(densities: Sequence[float], values: str, threads: int) -> dict[str
         "timeout_s": 300.0,
     }
     seconds: dict[str, dict[int, float]] = {method.name: {} for method in methods}
-    for workers in _SHARDED_BETWEEN:
+    messages = {}
+    for workers in _BETWEEN:
         ranks = launch.run(
             lab.local(workers), "distrobust.bench.step:measure", arguments, threads=threads, timeout_s=900.0
         )
@@ -132,7 +130,8 @@ def _two_hops(densities: Sequence[float], values: str, threads: int) -> dict[str
             rounds = zip(*(rank[name] for rank in ranks), strict=True)
             step_s = statistics.median(max(record["seconds"] for record in records) for records in rounds)
             found[workers] = step_s / max(1.0, workers / num_cores())
-    return {name: cost.fit(found) for name, found in seconds.items()}
+            messages[name] = ranks[0][name][0]["counted_bytes"] / (workers - 1)
+    return {name: cost.fit(found) for name, found in seconds.items()}, messages
 
 
 def num_cores() -> int:

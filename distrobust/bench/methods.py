@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distrobust.errors import ConfigError
 
+SETTLED = 8  # steps of ours until the guesses of thresholds stand still: in a young residual they grow with every step
 FLOOR, DENSE, FP16 = "floor: nothing is sent", "dense fp32 (plain DDP)", "16-bit (torch's fp16 hook)"
 
 
@@ -52,7 +53,8 @@ def standard(densities: Sequence[float], values: Sequence[str] = ()) -> list[Met
     for density in densities:
         for code in values or [""]:
             name = f"distrobust {percent(density)}" + (f", {code}" if code else "")
-            methods.append(Method(name, f"{here}:ours", {"density": density} | ({"values": code} if code else {})))
+            options = {"density": density} | ({"values": code} if code else {})
+            methods.append(Method(name, f"{here}:ours", options, warmup=SETTLED))
     return methods
 
 
