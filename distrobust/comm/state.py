@@ -27,8 +27,8 @@ from distrobust.comm.dense import dense
 from distrobust.comm.exchange import EXCHANGES
 from distrobust.comm.flat import flat, flat_like, unflat
 from distrobust.comm.hierarchical import hierarchical, piece_size
+from distrobust.comm.job import Job
 from distrobust.comm.line import Part
-from distrobust.comm.transport import Local, Request, Transport
 from distrobust.compression import codec
 from distrobust.compression.density import Schedule
 from distrobust.compression.memory import Residual, Rule
@@ -46,63 +46,8 @@ class _Pass:
     step: Step
     dense: bool
     done: Future[Any]
-    jobs: list[_Job] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
-
-
-class _Job:
-    """The exchange of one bucket: the hop it is waiting for; when `done`, its Mean or what went wrong.
-
-    An error is kept as a value: an exception in a callback would reach the caller as text only.
-    """
-
-    def __init__(self, bucket: Bucket, exchange: Exchange, num_hops: int, transport: Transport) -> None:
-        self.bucket = bucket
-        self.hops_left = num_hops
-        self.mean: Mean | None = None
-        self.error: Exception | None = None
-        device = bucket.flat.device
-        self.done: Future[Any] = Future(devices=[device] if device.type == "cuda" else None)
-        self._exchange = exchange
-        self._transport = transport
-        self._hop = self._issue(next(exchange))
-
-    def wait(self) -> None:
-        """For the hop under way."""
-        self._hop.wait()
-
-    def advance(self) -> None:
-        """Takes what came back and issues the next hop. Called in the same order on all ranks."""
-        self._hop = self._issue(self._exchange.send(self._hop.value()))
-
-    def _issue(self, request: Request | Local) -> Future[Any]:
-        self.hops_left -= 1
-        hop = self._transport.issue(request)
-        if self.hops_left == 0:
-            hop.then(self._finish)
-        elif self._transport.chains:
-            hop.then(self._chain)
-        return hop
-
-    def _chain(self, hop: Future[Any]) -> None:
-        try:
-            self._issue(self._exchange.send(hop.value()))
-        except Exception as error:
-            self._close(error)
-
-    def _finish(self, hop: Future[Any]) -> None:
-        error: Exception | None = None
-        try:
-            self._exchange.send(hop.value())
-        except StopIteration as result:
-            self.mean = result.value
-        except Exception as failed:
-            error = failed
-        self._close(error)
-
-    def _close(self, error: Exception | None) -> None:
-        self.error = error
-        self.done.set_result(self.bucket.flat)
 
 
 class Compression:
@@ -199,7 +144,7 @@ class Compression:
             self._advance(current)
             given = Bucket(bucket, parts, is_last)
             made = exchange(self.settings, current.step, given, current.verdict)
-            current.jobs.append(_Job(given, made, num_hops, self.settings.transport))
+            current.jobs.append(Job(given, made, num_hops, self.settings.transport))
             while is_last and self._advance(current):
                 pass
         except Exception as error:
