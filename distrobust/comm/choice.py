@@ -36,7 +36,7 @@ class Choice:
 def choose(wanted: str, group: dist.ProcessGroup | None, transport: Transport | None, needs: str) -> Choice:
     """Makes the transport for `wanted`, one of NAMES. Every rank calls it; ConfigError where it cannot be had.
 
-    needs: what else wants something of the exchange: "step-ahead", "noise" or "".
+    needs: what else wants something of the exchange: "step-ahead", "noise", "clip" or "".
     """
     flat = transport or Transport(group)
     if flat.local is not None:  # made by the caller, with its levels
@@ -53,7 +53,7 @@ def choose(wanted: str, group: dist.ProcessGroup | None, transport: Transport | 
         )
     if wanted == "auto" and needs == "step-ahead":
         return Choice("all_gather", flat, "step-ahead needs every worker's residual to be its own")
-    if levels and (wanted == "hierarchical" or (flat.group is None and needs != "noise")):
+    if levels and (wanted == "hierarchical" or (flat.group is None and needs not in ("noise", "clip"))):
         machines = flat.num_ranks // num_local
         reason = f"{num_local} workers on each of {machines} machines: dense inside, compressed between them"
         return Choice(_flat_exchange(machines), _two_levels(flat, num_local), reason)

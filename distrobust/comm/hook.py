@@ -104,9 +104,9 @@ def attach(
         taken = takeover.take_over(optimizers, parameters, masking=masking, clip=clip)
     else:
         taken = takeover.leave_in_place(optimizers, parameters, clip=clip)
-    needs = "step-ahead" if step_ahead else "noise" if observer is not None else ""
+    needs = "step-ahead" if step_ahead else "noise" if observer is not None else "clip" if clip is not None else ""
     chosen = choice.choose(exchange, _group_of(model), transport, needs)
-    _refuse_combinations(chosen, step_ahead, observer)
+    _refuse_combinations(chosen, step_ahead, observer, clip)
     if transport is None or transport.num_ranks > 1:
         _log.info("compress: exchange %s (%s)", chosen.exchange, chosen.reason)
     settings = Settings(
@@ -163,12 +163,19 @@ def _group_of(model: DistributedDataParallel) -> ProcessGroup | None:
     return None if dist.is_initialized() and group == dist.group.WORLD else group
 
 
-def _refuse_combinations(chosen: choice.Choice, step_ahead: bool, observer: Observer | None) -> None:
+def _refuse_combinations(
+    chosen: choice.Choice, step_ahead: bool, observer: Observer | None, clip: float | None
+) -> None:
     levels = chosen.transport.local is not None
     if step_ahead and (levels or chosen.exchange != "all_gather"):
         raise ConfigError(
             "compress.step_ahead: a worker's residual must be its own; in a sharded or hierarchical exchange it holds "
             "other workers' updates too; set compress.exchange to all_gather"
+        )
+    if clip is not None and levels:
+        raise ConfigError(
+            "compress.clip: a worker knows the norm of only a piece of each gradient in a hierarchical exchange; set "
+            "compress.exchange to all_gather or sharded, or compress.clip to null"
         )
     if observer is not None and levels:
         raise ConfigError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distrobust.comm.exchange import EXCHANGES
 from distrobust.comm.transport import Local, Request, Transport
+from distrobust.errors import ConfigError
 
 SMALL_BUCKETS = {"bucket_cap_mb": 1e-3}  # every tensor in one of its own once DDP has rebuilt them
 each_exchange = pytest.mark.parametrize("exchange", EXCHANGES)
@@ -255,3 +256,12 @@ def test_processes_train_like_threads_with_every_exchange_and_on_two_levels(tmp_
                 assert same(parameters, parameters_)
                 assert same(kept, kept_)
             processes.pipes[rank].send("received")
+
+
+@pytest.mark.ranks
+def test_clipping_by_pieces_of_a_gradient_is_refused() -> None:
+    def body(rank: Rank) -> None:
+        with pytest.raises(ConfigError, match=r"compress.clip: .* set compress.exchange to all_gather or sharded"):
+            worker(rank, transport=two_levels(rank, 2), clip=1.0)
+
+    run_ranks(4, body)
