@@ -114,7 +114,7 @@ def run(cell: dict[str, Any], seed: int, folder: Path, natural: Path) -> dict[st
     net.to(memory_format=torch.channels_last)
     net.train()
     schedule = Schedule("one_cycle", peak, 0.2)
-    options = {k: v for k, v in cell.items() if k not in ("method", "task", "epochs", "workers")}
+    options = options_of(cell)
     kept = options.pop("momentum", "residual") == "residual"
     rule = Rule(momentum=0.9 if kept else 0.0, weight_decay=5e-4, masking=options.pop("masking", True))
     made = peers_in_process.make if "peer" in options else Workers
@@ -202,6 +202,10 @@ def main() -> None:
         try:
             path.touch(exist_ok=False)  # so that two of these share the work
         except FileExistsError:
+            if not path.stat().st_size:
+                print(
+                    f"{path.name}: under way elsewhere, or was killed there; to repeat it remove the file", flush=True
+                )
             continue
         try:
             result = run(cell, seed, arguments.data, arguments.natural)
@@ -212,15 +216,21 @@ def main() -> None:
         print({key: result[key] for key in result if key not in ("cell", "loss", "commit", "flags")}, flush=True)
 
 
+def options_of(cell: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in cell.items() if key not in ("method", "task", "epochs", "workers")}
+
+
 def recorded() -> dict[tuple[str, int], dict[str, Any]]:
-    """The runs of the record as it stands, by name and seed."""
+    """The runs of the record as it stands, by name and seed; not those made with other options than now."""
     path = record.RESULTS / "accuracy.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return {(row["name"], run["seed"]): run for row in rows for run in row["runs"]}
+    now = {name_of(cell): options_of(cell) for cell in cells()}
+    kept = [row for row in rows if row["options"] == now.get(row["name"])]
+    return {(row["name"], run["seed"]): run for row in kept for run in row["runs"]}
 
 
 def write(work: Path) -> Path:
-    """The record: every finished run, of the record so far and of `work`, with intervals over seeds."""
+    """The record: every finished run of `cells`, in the record so far and in `work`, with intervals over seeds."""
     runs = recorded()
     for path in work.glob("*.json"):
         if path.stat().st_size:
@@ -231,7 +241,8 @@ def write(work: Path) -> Path:
         mine = [run for (name, _), run in sorted(runs.items()) if name == name_of(cell)]
         if not mine:
             continue
-        row: dict[str, Any] = {"name": name_of(cell), **cell}
+        row: dict[str, Any] = {key: cell[key] for key in ("method", "task", "epochs", "workers")}
+        row = {"name": name_of(cell), **row, "options": options_of(cell)}
         for key in ("clean", "pgd20"):
             if key in mine[0]:
                 row[key] = record.interval([run[key] for run in mine])

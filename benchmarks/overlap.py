@@ -62,15 +62,18 @@ class Traced(Transport):
         self.arrived: list[float] = []
 
     def issue(self, request: Any) -> Any:
+        arrived, number = self.arrived, len(self.issued)
         self.issued.append(time.perf_counter())
-        future = super().issue(request).then(self._noted)
+        arrived.append(0.0)
+
+        def noted(done: Any) -> Any:
+            arrived[number] = time.perf_counter()
+            return done.value()
+
+        future = super().issue(request).then(noted)
         if self.waits:
             future.wait()
         return future
-
-    def _noted(self, done: Any) -> Any:
-        self.arrived.append(time.perf_counter())
-        return done.value()
 
 
 def measure(arguments: dict[str, Any], say: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _commit() -> str:
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "../distrobust"], cwd=here, capture_output=True, text=True
+        ["git", "status", "--porcelain", "../distrobust", "*.py"], cwd=here, capture_output=True, text=True
     ).stdout.strip()
     return commit + ("+changes" if changed else "")
 

@@ -35,16 +35,17 @@ def cifar10(name: str = "cifar10") -> list[str]:
     return lines
 
 
-def accuracy(name: str = "accuracy") -> list[str]:
-    """Every row of the accuracy record: fine-tuning and natural training, N workers inside one process."""
+def accuracy(task: str, name: str = "accuracy") -> list[str]:
+    """The rows of one task in the accuracy record: N workers inside one process."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
-    lines = [
-        "| task, epochs, workers: method | clean | PGD-20 8/255 | times fewer bytes | seeds |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in record["rows"]:
-        robust = _percent(row["pgd20"]) if "pgd20" in row else ""
-        cells = [row["name"], _percent(row["clean"]), robust, f"{row['fewer_bytes']:.1f}", str(len(row["runs"]))]
+    rows = [row for row in record["rows"] if row["task"] == task]
+    robust = any("pgd20" in row for row in rows)
+    head = ["method", "epochs", "workers", "clean", *(["PGD-20 8/255"] if robust else []), "times fewer bytes", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
+    for row in rows:
+        cells = [row["method"], str(row["epochs"]), str(row["workers"]), _percent(row["clean"])]
+        cells += [_percent(row["pgd20"])] if robust else []
+        cells += [f"{row['fewer_bytes']:.1f}", str(len(row["runs"]))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -70,4 +71,4 @@ def _percent(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join([*accuracy(), "", *step(), "", *cifar10()]))
+    print("\n".join([*accuracy("n_fgsm"), "", *accuracy("natural"), "", *step(), "", *cifar10()]))

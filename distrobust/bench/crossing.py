@@ -39,7 +39,7 @@ def command(
         crossover_plot.check(plot)
     reason = lab.why_not() if in_lab else None
 
-    yield "Measured on this machine, ResNet-50's shapes, no link:"
+    yield "Measured on this machine, ResNet-50's shapes, no slow link:"
     machine = crossover.measure_machine(shares, values, threads=threads, num_parameters=parameters)
     yield from ["", *crossover.costs_here(machine), ""]
     yield from crossover.table(machine, network)

@@ -84,7 +84,7 @@ def measure_machine(
     threads: int = 1,
     num_parameters: int = NUM_PARAMETERS,
 ) -> Machine:
-    """Times the hooks without a link; scaled to `num_parameters` from ResNet-50's.
+    """Times the hooks without a slow link; scaled to `num_parameters` from ResNet-50's.
 
     Dense and 16-bit in `together` processes that do not speak to each other; ours between processes over loopback.
     """
@@ -111,7 +111,7 @@ def _between_processes(
 ) -> tuple[dict[str, Local], dict[str, float]]:
     """Seconds of a step over loopback, where the exchange itself takes next to nothing; bytes to each other worker.
 
-    Where there are more processes than cores they take turns, and a step is divided by how many share a core.
+    Where there are more threads than cores they take turns, and a step is divided by how many share a core.
     """
     methods = [sparse_method(density, values, exchange) for density in densities]
     arguments = {
@@ -129,7 +129,7 @@ def _between_processes(
         for name, found in seconds.items():
             rounds = zip(*(rank[name] for rank in ranks), strict=True)
             step_s = statistics.median(max(record["seconds"] for record in records) for records in rounds)
-            found[workers] = step_s / max(1.0, workers / num_cores())
+            found[workers] = step_s / max(1.0, workers * threads / num_cores())
             messages[name] = ranks[0][name][0]["counted_bytes"] / (workers - 1)
     return {name: cost.fit(found) for name, found in seconds.items()}, messages
 
@@ -143,7 +143,8 @@ def table(machine: Machine, network: Network) -> list[str]:
     methods = [DENSE, FP16, *machine.sparse]
     lines = [
         f"{machine.num_parameters:,} parameters; link {network.bits_per_s / 1e6:.4g} Mbit/s each way, "
-        f"{network.latency_s * 1e3:.3g} ms; one worker a machine like this one. Times and bytes are computed:",
+        f"{network.latency_s * 1e3:.3g} ms; one worker a machine like this one.",
+        f"Times and bytes are computed; decoding on a straight line through {_BETWEEN[0]} and {_BETWEEN[1]} workers:",
         "",
     ]
     cells = [["workers", *(column for name in methods for column in (name, "MB sent", *_via(name, "by")))]]

@@ -1,7 +1,7 @@
 """The model against the lab: predicted and measured steps of 2 to 8 hosts on one shaped link.
 
-The hosts of the lab share this machine's cores, so the model is given local costs measured with one process per core
-at once, times hosts / cores where there are more hosts than cores. That is the lab's doing, not the link's.
+The hosts of the lab share this machine's cores, so local costs are multiplied by threads / cores where there are more
+threads than cores. That is the lab's doing, not the link's.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def points(
             exchange = method.options.get("exchange", "dense")
             say(f"{num_hosts} hosts: {method.name}, {exchange}")
             row = comparison.compare([method], link, num_hosts, steps, threads=threads).rows[0]
-            expected = predict(machine, method.name, exchange, num_hosts)
+            expected = predict(machine, method.name, exchange, num_hosts, num_cores() / threads)
             made.append(
                 Point(
                     num_hosts,
@@ -94,9 +94,9 @@ def points(
     return made
 
 
-def predict(machine: Machine, method: str, exchange: str, num_hosts: int, cores: int | None = None) -> cost.Cost:
-    """The cost of one exchange in the lab, whose hosts share `cores` (default: this machine's)."""
-    shared = max(1.0, num_hosts / (cores or num_cores()))
+def predict(machine: Machine, method: str, exchange: str, num_hosts: int, cores: float) -> cost.Cost:
+    """The cost of one exchange in the lab, whose hosts share `cores`, each by one thread."""
+    shared = max(1.0, num_hosts / cores)
     crowded = Machine(
         {name: local.times(shared) for name, local in machine.local.items()},
         {name: local.times(shared) for name, local in machine.two_hops.items()},

@@ -55,7 +55,7 @@ class Compression:
 
     `step`: optimizer steps seen, skipped ones included. `skipped`: the last backward met a non-finite gradient on some
     rank. `side`: what the observer returned, averaged over ranks, by parameter; `side_is_local` says of which gradient.
-    `seconds`: host time spent in the hook so far, waiting excluded. `error`: why the last backward failed, if it did.
+    `seconds`: host time spent in the hook so far, without waiting and decoding. `error`: why the last backward failed.
     """
 
     def __init__(
@@ -190,7 +190,6 @@ class Compression:
 
     def _finish(self, current: _Pass) -> None:
         """Runs when every bucket is decoded, on whatever thread decoded the last."""
-        started = time.perf_counter()
         try:
             self.step_back()
             for job in current.jobs:
@@ -201,7 +200,6 @@ class Compression:
             self.error = error
             current.done.set_exception(error)
             return
-        self.seconds += time.perf_counter() - started
         current.done.set_result([job.bucket.flat for job in current.jobs])
 
     def _apply(self, current: _Pass) -> None:

@@ -58,9 +58,10 @@ def accumulate_and_select(
     num = sum(piece.k for piece in pieces)
     threshold = residual.threshold * min(1.0, residual.growth) * MARGIN if selector == "sampled" else 0.0
     room = FEW * max(64, num)
-    one_pass = native.accumulate if native.takes_pass(residual, gradient, weight) else blocked_pass
+    compiled = native.takes_pass(residual, gradient, weight)
+    one_pass, largest = (native.accumulate, native.select) if compiled else (blocked_pass, _largest)
     found = one_pass(residual, gradient, weight, float(factor), threshold, room)
-    places, sums = (torch.empty(0, dtype=torch.int64), torch.empty(0)) if found is None else found
+    places, sums = (residual.v.new_empty(0, dtype=torch.int64), residual.v.new_empty(0)) if found is None else found
     if not np.isfinite((residual.next_v if found is None else sums).numpy()).all():
         return None
     chosen, least = [], math.inf
@@ -69,8 +70,8 @@ def accumulate_and_select(
             chosen.append(select_piece(residual.next_v, piece, selector))
             smallest = float(chosen[-1].values.abs().min())
         else:
-            among, smallest = _among(places[low:high], sums[low:high], piece.k)
-            chosen.append(among)
+            indices, picked, smallest = largest(places[low:high], sums[low:high], piece.k)
+            chosen.append(Selected(indices, picked))
         least = min(least, smallest)
     least = least if chosen else 0.0
     residual.growth = least / residual.threshold if residual.threshold else 1.0
@@ -87,14 +88,11 @@ def _bounds(places: Tensor, pieces: list[Piece], n: int) -> list[list[int]]:
     return bounds
 
 
-def _among(places: Tensor, sums: Tensor, k: int) -> tuple[Selected, float]:
-    """The k largest of the candidates, and the smallest magnitude of those."""
-    if places.dtype == torch.int32:  # as the compiled pass lists them
-        indices, values, least = native.select(places, sums, k)
-        return Selected(indices, values), least
+def _largest(places: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+    """Of the candidates: places and values of the k largest, and the smallest magnitude of those."""
     chosen = torch.from_numpy(select.exact(np.abs(sums.numpy()), k))
-    selected = Selected(places[chosen], sums[chosen])
-    return selected, float(selected.values.abs().min())
+    values = sums[chosen]
+    return places[chosen], values, float(values.abs().min())
 
 
 def select_piece(next_v: Tensor, piece: Piece, selector: str) -> Selected:

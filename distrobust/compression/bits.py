@@ -32,7 +32,7 @@ def unpack_bits(packed: Tensor) -> Tensor:
 def mark(places: Tensor, num_bits: int) -> Tensor:
     """(k,) int64 below num_bits -> (num_bytes(num_bits),) uint8 with these bits set."""
     if native.takes(places):
-        marked = torch.zeros(num_bytes(num_bits), dtype=torch.uint8)
+        marked = places.new_zeros(num_bytes(num_bits), dtype=torch.uint8)
         native.mark(places, marked)
         return marked
     bits = torch.zeros(8 * num_bytes(num_bits), dtype=torch.uint8, device=places.device)
@@ -65,7 +65,7 @@ def pack(numbers: Tensor, width: int) -> Tensor:
     if width == 0 or k == 0:
         return torch.zeros(0, dtype=torch.uint8, device=numbers.device)
     if native.takes(numbers):
-        packed = torch.empty(packed_bytes(k, width), dtype=torch.uint8)
+        packed = numbers.new_empty(packed_bytes(k, width), dtype=torch.uint8)
         native.pack(numbers, width, packed)
         return packed
     padded = torch.zeros(8 * num_bytes(k), dtype=torch.int64, device=numbers.device)
@@ -86,7 +86,7 @@ def unpack(packed: Tensor, k: int, width: int) -> Tensor:
     if width == 0:
         return torch.zeros(k, dtype=torch.int64, device=packed.device)
     if native.takes(packed) and packed.numel() >= packed_bytes(k, width):
-        numbers = torch.empty(k, dtype=torch.int64)
+        numbers = packed.new_empty(k, dtype=torch.int64)
         native.unpack(packed, width, numbers)
         return numbers
     groups = num_bytes(k)

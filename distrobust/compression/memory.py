@@ -53,9 +53,9 @@ class Residual:
         self.rule = rule
         self.settled = True
         self.threshold, self.growth = 0.0, 1.0
-        self.v, self.next_v = torch.zeros(n, device=device), torch.zeros(n, device=device)
+        self.v, self.next_v = _zeros(n, device), _zeros(n, device)
         size = n if rule.momentum else 0
-        self.u, self.next_u = torch.zeros(size, device=device), torch.zeros(size, device=device)
+        self.u, self.next_u = _zeros(size, device), _zeros(size, device)
 
     def commit(self, settled: bool) -> None:
         """The step written to next_u and next_v happened. Not calling this drops it."""
@@ -74,6 +74,10 @@ class Residual:
         self.u.copy_(u)
         self.v.copy_(v)
         self.settled = settled
+
+
+def _zeros(n: int, device: torch.device) -> Tensor:
+    return torch.zeros(n, dtype=torch.float32, device=device)
 
 
 def clip_factor(g: Tensor, rule: Rule, num_workers: int) -> Tensor | float:

@@ -133,7 +133,7 @@ def fit_levels(sample: Tensor, num_levels: int) -> Tensor:
     """
     ordered = sample.sort(dim=1).values.contiguous()
     low, high = ordered[:, :1].clamp(min=1e-3), ordered[:, -1:].clamp(min=1e-3)
-    share = (torch.arange(num_levels, device=sample.device) + 0.5) / num_levels
+    share = (torch.arange(num_levels, dtype=torch.float32, device=sample.device) + 0.5) / num_levels
     levels = low * (high / low) ** share
     sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
     return _lloyd(ordered, sums, levels).sort(dim=1).values
@@ -171,7 +171,7 @@ def _tables(values: Tensor, scales: Tensor, sizes: Sequence[int], fitted: list[i
 def _numbers(values: Tensor, sizes: Sequence[int], scales: Tensor, middles: Tensor) -> Tensor:
     """(k,) int64: twice the number of a block's `middles` (blocks, m) below |value| / scale, plus one if negative."""
     if native.takes(values, scales, middles):
-        return native.numbers(values, torch.tensor(sizes), scales, middles)
+        return native.numbers(values, torch.tensor(sizes, device=values.device), scales, middles)
     pieces = zip(_relative(values.abs(), scales, sizes).split(list(sizes)), middles.unbind(), strict=True)
     return 2 * torch.cat([torch.bucketize(piece, middle) for piece, middle in pieces]) + (values < 0)
 
@@ -179,7 +179,7 @@ def _numbers(values: Tensor, sizes: Sequence[int], scales: Tensor, middles: Tens
 def _looked_up(numbers: Tensor, sizes: Sequence[int], tables: Tensor) -> Tensor:
     """(k,) float32: entries of each block's row of `tables` (blocks, m), for numbers (k,) int64 below m."""
     if native.takes(numbers, tables):
-        return native.look_up(numbers, torch.tensor(sizes), tables)
+        return native.look_up(numbers, torch.tensor(sizes, device=numbers.device), tables)
     bases = torch.arange(len(sizes), device=numbers.device) * tables.shape[1]
     return tables.reshape(-1)[numbers + _spread(bases, sizes)]
 
@@ -196,7 +196,7 @@ def _leveled(name: str, width: int) -> ValueCode:
         return 2 * len(planned) + tables + bits.packed_bytes(sum(planned), width)
 
     def all_levels(tables: Tensor, chosen: list[int], num_blocks: int) -> Tensor:
-        levels = torch.tensor(TYPICAL[num_levels], device=tables.device).repeat(num_blocks, 1)
+        levels = torch.tensor(TYPICAL[num_levels], dtype=torch.float32, device=tables.device).repeat(num_blocks, 1)
         if chosen:
             levels[torch.tensor(chosen, device=tables.device)] = tables.to(torch.float32).view(-1, num_levels)
         return levels

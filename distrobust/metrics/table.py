@@ -70,7 +70,7 @@ TABLE: tuple[Metric, ...] = (
     Metric("distrobust_attack_seconds", "histogram", "seconds", "step", "attack_s", PHASE,
            "Part of a step spent making adversarial examples, sampled.", SECONDS),
     Metric("distrobust_comm_hook_seconds", "histogram", "seconds", "step", "hook_s", PHASE,
-           "Part of a step spent accumulating, selecting, coding and applying; without waiting and decoding.", SECONDS),
+           "Part of a step spent accumulating, selecting and coding gradients; without waiting and decoding.", SECONDS),
     # Bytes between ranks.
     Metric("distrobust_comm_sent_bytes_total", "counter", "bytes", "step", "sent_bytes", PHASE,
            "Bytes this rank handed to the transport."),

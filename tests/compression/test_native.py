@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distrobust.comm.bucket import Mean
 from distrobust.compression import accumulate, bits, native, select
+from distrobust.compression.accumulate import Piece
 from distrobust.compression.memory import Residual, Rule, remove_sent
 from distrobust.compression.native import build
 from distrobust.compression.values import VALUE_CODES
@@ -28,30 +29,31 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here
 
 
 @functools.cache
-def compiled(instructions: str) -> ctypes.CDLL:
+def compiled(flags: str) -> ctypes.CDLL:
     assert COMPILER is not None
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "native.so"
-        chosen = [f"-m{instructions}"] if instructions else []
-        build.compile_to(made, COMPILER, [*chosen, "-Wall", "-Wextra", "-Werror"])
+        build.compile_to(made, COMPILER, [*flags.split(), "-Wall", "-Wextra", "-Werror"])
         return build.load(made)
 
 
-@pytest.fixture(params=["avx512f", "avx2", ""], ids=["AVX-512", "AVX2", "plain"])
+@pytest.fixture(params=["-march=native", "-mavx512f", "-mavx2 -mfma", ""])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """native with a library compiled for these instructions."""
-    if request.param and request.param not in FLAGS:
-        pytest.skip(f"this processor has no {request.param}")
+    """native with a library compiled for these instructions: fused multiply-adds among them, which it must not use."""
+    for flag in request.param.split():
+        if flag.startswith("-mavx") and flag.removeprefix("-m") not in FLAGS:
+            pytest.skip(f"this processor has no {flag.removeprefix('-m')}")
     loaded = compiled(request.param)
     monkeypatch.setattr(native, "library", lambda: loaded)
 
 
 def filled(n: int, rule: Rule, seed: int) -> tuple[Residual, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     residual = Residual(n, rule, torch.device("cpu"))
-    residual.v.copy_(torch.randn(n, generator=g))
-    residual.u.copy_(torch.randn(residual.u.shape, generator=g))
-    return residual, torch.randn(n, generator=g), torch.randn(n, generator=g)
+    v, u, g, w = torch.from_numpy(rng.standard_normal((4, n)).astype(np.float32))
+    residual.v.copy_(v)
+    residual.u.copy_(u[: residual.u.numel()])
+    return residual, g.clone(), w.clone()
 
 
 RULES = [
@@ -82,6 +84,39 @@ def test_it_equals_numpy_to_the_bit(library: None, rule: Rule, n: int, factor: f
     if found is not None and expected is not None:
         assert torch.equal(found[0].long(), expected[0])
         assert torch.equal(found[1], expected[1])
+
+
+@needs_compiler
+def test_a_tensor_of_another_type_never_reaches_c(library: None) -> None:
+    v, places, sent = torch.zeros(8), torch.arange(3), torch.ones(3)
+    for wrong in ((v.double(), places, sent), (v, places.int(), sent), (v, places, sent.half())):
+        with pytest.raises(TypeError, match=r"native.remove: got torch\.\w+, wanted torch\.\w+"):
+            native.remove(wrong[0], None, wrong[1], 0, wrong[2])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", VALUE_CODES)
+def test_the_default_type_of_new_tensors_does_not_matter(library: None, name: str) -> None:
+    values, sizes = torch.randn(700, generator=torch.Generator().manual_seed(0)), [600, 100]
+    code = VALUE_CODES[name]
+
+    def results() -> list[Tensor]:
+        residual, g, w = filled(300, Rule(0.9), seed=0)
+        residual.threshold = 0.5
+        found = accumulate.accumulate_and_select(residual, g.float(), w.float(), 1.0, [Piece(0, 300, 20)], "sampled")
+        assert found is not None
+        coded = code.encode(values, sizes, sizes)
+        return [residual.next_v, found[0].indices, found[0].values, coded, code.decode(coded, sizes, sizes)]
+
+    expected = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with_another_default = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(with_another_default, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
 
 
 @needs_compiler
@@ -205,8 +240,8 @@ def test_what_was_sent_leaves_as_with_torch(library: None, n: int, seed: int, ma
 
 @needs_compiler
 @each_library
-@given(st.integers(1, 200), st.integers(0, 20), SEEDS)
-def test_payloads_are_added_up_as_by_torch(library: None, n: int, offset: int, seed: int) -> None:
+@given(st.integers(1, 200), st.integers(0, 20), SEEDS, st.sampled_from([1.0, 1024.0]))
+def test_payloads_are_added_up_as_by_torch(library: None, n: int, offset: int, seed: int, scale: float) -> None:
     """Whatever was there before, and wherever the bucket begins."""
     rng = np.random.default_rng(seed)
     payloads = []
@@ -216,7 +251,7 @@ def test_payloads_are_added_up_as_by_torch(library: None, n: int, offset: int, s
 
     def written() -> Tensor:
         around = torch.full((offset + n + 40,), torch.nan)
-        Mean(payloads=payloads).write(around[offset : offset + n], 1.0)
+        Mean(payloads=payloads).write(around[offset : offset + n], scale)
         return around
 
     ours, theirs = both(written)
@@ -233,12 +268,33 @@ def test_without_a_compiler_the_numpy_version_runs(monkeypatch: pytest.MonkeyPat
         build.library.cache_clear()
 
 
-def test_a_compiler_that_fails_is_not_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: "/bin/false")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@needs_compiler
+@pytest.mark.parametrize("step", ["asked for the processor", "compiling", "finding a home"])
+def test_a_compiler_that_fails_is_not_an_error(step: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no home directory")
+
+    if step == "asked for the processor":
+        monkeypatch.setattr(shutil, "which", lambda _: "/bin/false")
+    elif step == "compiling":
+        monkeypatch.setattr(build, "FLAGS", ("-no-such-option",))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", fails)
     build.library.cache_clear()
     residual, g, w = filled(100, Rule(0.9), seed=0)
     try:
         assert not native.takes_pass(residual, g, w)
     finally:
         build.library.cache_clear()
+
+
+@needs_compiler
+def test_a_large_vector_is_cleared_around_the_cache(library: None) -> None:
+    for start, stop in ((0, 1 << 20), (3, 5 + (1 << 20))):
+        around = torch.full((8 + (1 << 20),), torch.nan)
+        native.scatter(around[start:stop], [])
+        assert not around[start:stop].any()
+        assert around[:start].isnan().all()
+        assert around[stop:].isnan().all()

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distrobust.compression.native.build import library
+from distrobust.compression.native.build import SIGNATURES, library
 
 if TYPE_CHECKING:
     from distrobust.compression.memory import Residual
 
 _ALIGNMENT = 64
+_DTYPES = {"f": torch.float32, "d": torch.float64, "l": torch.int64, "i": torch.int32, "b": torch.uint8}
 _LARGEST = 2**31 - 1  # places of candidates are int32
 
 
@@ -43,9 +44,20 @@ def takes(*tensors: Tensor) -> bool:
 def _call(name: str, *arguments: Any) -> int:
     loaded = library()
     assert loaded is not None
-    passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    passed = []
+    for letter, argument in zip(SIGNATURES[name], arguments, strict=True):
+        if isinstance(argument, Tensor):
+            if argument.dtype is not _DTYPES[letter]:
+                raise TypeError(f"native.{name}: got {argument.dtype}, wanted {_DTYPES[letter]}")
+            argument = argument.data_ptr()
+        passed.append(argument)
     result: int = getattr(loaded, f"distrobust_{name}")(*passed)
     return result
+
+
+def _new(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Not of the default type, nor on the default device."""
+    return torch.empty(size, dtype=dtype, device="cpu")
 
 
 def takes_pass(residual: Residual, gradient: Tensor, weight: Tensor) -> bool:
@@ -67,11 +79,11 @@ def accumulate(
         passed = ctypes.byref(_Rule(rule.momentum, factor, rule.weight_decay, least, *flags))
         return _call("accumulate", *tensors, residual.v.numel(), passed, places, sums, places.numel())
 
-    nothing = torch.empty(0, dtype=torch.int32), torch.empty(0)
+    nothing = _new(0, torch.int32), _new(0)
     if threshold <= 0.0:
         run(math.inf, *nothing)
         return None
-    places, sums = torch.empty(room + 16, dtype=torch.int32), torch.empty(room + 16)
+    places, sums = _new(room + 16, torch.int32), _new(room + 16)
     count = run(threshold, places, sums)
     if count < 0:  # written in part only: once more, without a list
         run(math.inf, *nothing)
@@ -83,7 +95,7 @@ def select(places: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor, floa
 
     Which ones, `select.exact` says. Returns places (k,) int64, values (k,) and the smallest magnitude.
     """
-    chosen, chosen_values = torch.empty(k, dtype=torch.int64), torch.empty(k)
+    chosen, chosen_values = _new(k, torch.int64), _new(k)
     least = ctypes.c_float()
     _call("select", places, values, places.numel(), k, chosen, chosen_values, ctypes.byref(least))
     return chosen, chosen_values, least.value
@@ -118,20 +130,20 @@ def mark(places: Tensor, out: Tensor) -> None:
 
 def marked(packed: Tensor, room: int) -> Tensor:
     """`bits.marked`, at most `room` of them."""
-    out = torch.empty(room, dtype=torch.int64)
+    out = _new(room, torch.int64)
     return out[: _call("marked", packed, packed.numel(), room, out)]
 
 
 def numbers(values: Tensor, sizes: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
     """`values._numbers`"""
-    out = torch.empty(values.numel(), dtype=torch.int64)
+    out = _new(values.numel(), torch.int64)
     _call("numbers", values, sizes, sizes.numel(), scales, middles, middles.shape[1], out)
     return out
 
 
 def look_up(numbers: Tensor, sizes: Tensor, tables: Tensor) -> Tensor:
     """`values._looked_up`"""
-    out = torch.empty(numbers.numel())
+    out = _new(numbers.numel())
     _call("look_up", numbers, sizes, sizes.numel(), tables, tables.shape[1], out)
     return out
 

@@ -150,9 +150,13 @@ void distrobust_select(const int32_t *places, const float *values, int64_t count
     memcpy(least, &threshold, sizeof threshold);
 }
 
-/* out = 0, around the cache: a bucket is larger than it. */
+/* out = 0; around the cache if it would not fit there. */
 void distrobust_clear(float *out, int64_t n) {
     int64_t i = 0;
+    if (n < 1 << 20) {
+        memset(out, 0, (size_t)n * sizeof *out);
+        return;
+    }
 #ifdef __AVX512F__
     for (; i < n && (uintptr_t)(out + i) % 64; i++) out[i] = 0.0f;
     for (; i + 16 <= n; i += 16) _mm512_stream_ps(out + i, _mm512_setzero_ps());
