@@ -9,9 +9,10 @@ alternate.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +90,12 @@ class Rank:
                     piece = [Piece(0, n, num_selected(n, self.step.density))]
                     accumulate_and_select(part.residual, part.gradient, part.weight, 1.0, piece, "sampled")
 
-    def numpy_pass(self) -> None:
-        """The same without the compiled version."""
+    @contextlib.contextmanager
+    def without_c(self) -> Iterator[None]:
+        """As where there is no compiler."""
         library, native.library = native.library, lambda: None
         try:
-            self.one_pass()
+            yield
         finally:
             native.library = library
 
@@ -130,12 +132,15 @@ def main() -> None:
         for _ in range(WARM):
             rank.local_part()
             rank.next_step()
-        times: dict[str, list[float]] = {"copy": [], "pass": [], "pass in numpy": [], "local part": []}
+        times: dict[str, list[float]] = {"copy": [], "pass": [], "local part": []}
+        times |= {"pass without C": [], "local part without C": []}
         for _ in range(TIMED):
             times["copy"].append(milliseconds(rank.copy))
             times["pass"].append(milliseconds(rank.one_pass))
-            times["pass in numpy"].append(milliseconds(rank.numpy_pass))
             times["local part"].append(milliseconds(rank.local_part))
+            with rank.without_c():
+                times["pass without C"].append(milliseconds(rank.one_pass))
+                times["local part without C"].append(milliseconds(rank.local_part))
             rank.next_step()
         medians = {name: statistics.median(values) for name, values in times.items()}
         row: dict[str, Any] = {"density": density, "values": values, "indices": indices, "milliseconds": medians}
