@@ -20,7 +20,8 @@ from distrobust.bench.shapes import NUM_PARAMETERS
 
 WORKERS = tuple(2**power for power in range(1, 11))
 EXCHANGES = ("all_gather", "sharded")
-_BETWEEN = (2, 4)  # processes: two points of a line
+_PRETENDED = (2, 10)  # workers whose messages one process decodes: two points of a line
+_BETWEEN = (2, 4)  # processes
 _TIMED_STEPS = 5
 
 
@@ -86,52 +87,68 @@ def measure_machine(
 ) -> Machine:
     """Times the hooks without a slow link; scaled to `num_parameters` from ResNet-50's.
 
-    Dense and 16-bit in `together` processes that do not speak to each other; ours between processes over loopback.
+    Dense and 16-bit in `together` processes that do not speak to each other. Ours between two processes over loopback;
+    what each further message costs a pretended larger group says for the all_gather, and four processes for sharded,
+    where every rank's parts differ in length.
     """
     here = "distrobust.bench.methods"
     plain = {DENSE: f"{here}:floor", FP16: f"{here}:fp16"}
-    arguments = {"methods": [Method(*each).to_json() for each in plain.items()], "steps": _TIMED_STEPS}
-    alone = launch.run(
-        lab.local(together), "distrobust.bench.local_cost:measure", arguments, threads=threads, timeout_s=900.0
-    )
-    local = {name: Local(statistics.fmean(statistics.median(rank[name]) for rank in alone)) for name in plain}
-    gathered, messages = _between_processes("all_gather", densities, values, threads)
-    two_hops, _ = _between_processes("sharded", densities, values, threads)
+    alone = _without_exchange({"1": [Method(*each) for each in plain.items()]}, together, threads)
+    local = {name: Local(statistics.median(seconds["1"])) for name, seconds in alone.items()}
+    sparse = [sparse_method(density, values, "all_gather") for density in densities]
+    pretended = _without_exchange({str(n): sparse for n in _PRETENDED}, 1, threads)
+    slopes = {name: _fitted(seconds).per_message_s for name, seconds in pretended.items()}
+    gathered, messages = _between_processes(sparse, 2, threads)
+    local |= {name: Local(max(0.0, s - 2 * slopes[name]), slopes[name]) for name, s in gathered.items()}
+    methods = [sparse_method(density, values, "sharded") for density in densities]
+    by_workers = {n: _between_processes(methods, n, threads)[0] for n in _BETWEEN}
+    two_hops = {m.name: cost.fit({n: found[m.name] for n, found in by_workers.items()}) for m in methods}
     scale = num_parameters / NUM_PARAMETERS
     return Machine(
-        {name: each.times(scale) for name, each in (local | gathered).items()},
+        {name: each.times(scale) for name, each in local.items()},
         {name: each.times(scale) for name, each in two_hops.items()},
         {name: size * scale for name, size in messages.items()},
         num_parameters,
     )
 
 
-def _between_processes(
-    exchange: str, densities: Sequence[float], values: str, threads: int
-) -> tuple[dict[str, Local], dict[str, float]]:
+def _without_exchange(
+    methods: dict[str, list[Method]], together: int, threads: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of steps by method and number of workers pretended, of all processes that ran `together`."""
+    arguments = {"methods": {n: [m.to_json() for m in each] for n, each in methods.items()}, "steps": _TIMED_STEPS}
+    ranks = launch.run(
+        lab.local(together), "distrobust.bench.local_cost:measure", arguments, threads=threads, timeout_s=900.0
+    )
+    return {
+        name: {n: [s for rank in ranks for s in rank[name][n]] for n in by_workers}
+        for name, by_workers in ranks[0].items()
+    }
+
+
+def _fitted(seconds: dict[str, list[float]]) -> Local:
+    return cost.fit({int(n): statistics.median(each) for n, each in seconds.items()})
+
+
+def _between_processes(methods: list[Method], workers: int, threads: int) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of a step over loopback, where the exchange itself takes next to nothing; bytes to each other worker.
 
     Where there are more threads than cores they take turns, and a step is divided by how many share a core.
     """
-    methods = [sparse_method(density, values, exchange) for density in densities]
     arguments = {
         "methods": [m.to_json() for m in methods],
         "steps": _TIMED_STEPS,
         "interface": None,
         "timeout_s": 300.0,
     }
-    seconds: dict[str, dict[int, float]] = {method.name: {} for method in methods}
-    messages = {}
-    for workers in _BETWEEN:
-        ranks = launch.run(
-            lab.local(workers), "distrobust.bench.step:measure", arguments, threads=threads, timeout_s=900.0
-        )
-        for name, found in seconds.items():
-            rounds = zip(*(rank[name] for rank in ranks), strict=True)
-            step_s = statistics.median(max(record["seconds"] for record in records) for records in rounds)
-            found[workers] = step_s / max(1.0, workers * threads / num_cores())
-            messages[name] = ranks[0][name][0]["counted_bytes"] / (workers - 1)
-    return {name: cost.fit(found) for name, found in seconds.items()}, messages
+    ranks = launch.run(lab.local(workers), "distrobust.bench.step:measure", arguments, threads=threads, timeout_s=900.0)
+    seconds, messages = {}, {}
+    for method in methods:
+        rounds = list(zip(*(rank[method.name] for rank in ranks), strict=True))
+        step_s = statistics.median(max(record["seconds"] for record in records) for records in rounds)
+        seconds[method.name] = step_s / max(1.0, workers * threads / num_cores())
+        messages[method.name] = rounds[0][0]["counted_bytes"] / (workers - 1)
+    return seconds, messages
 
 
 def num_cores() -> int:
@@ -144,7 +161,7 @@ def table(machine: Machine, network: Network) -> list[str]:
     lines = [
         f"{machine.num_parameters:,} parameters; link {network.bits_per_s / 1e6:.4g} Mbit/s each way, "
         f"{network.latency_s * 1e3:.3g} ms; one worker a machine like this one.",
-        f"Times and bytes are computed; decoding on a straight line through {_BETWEEN[0]} and {_BETWEEN[1]} workers:",
+        "Times and bytes are computed, from the local costs of a few workers on a straight line:",
         "",
     ]
     cells = [["workers", *(column for name in methods for column in (name, "MB sent", *_via(name, "by")))]]
