@@ -22,7 +22,7 @@ WORKERS = tuple(2**power for power in range(1, 11))
 EXCHANGES = ("all_gather", "sharded")
 _PRETENDED = (2, 10)  # workers whose messages one process decodes: two points of a line
 _BETWEEN = (2, 4)  # processes
-_TIMED_STEPS = 5
+_TIMED_STEPS = 7
 
 
 @dataclass(frozen=True)
@@ -133,17 +133,15 @@ def _fitted(seconds: dict[str, list[float]]) -> Local:
 def _between_processes(methods: list[Method], workers: int, threads: int) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of a step over loopback, where the exchange itself takes next to nothing; bytes to each other worker.
 
-    Where there are more threads than cores they take turns, and a step is divided by how many share a core.
+    One method at a time, as in training: several residuals in one process get into each other's way. Where there are
+    more threads than cores they take turns, and a step is divided by how many share a core.
     """
-    arguments = {
-        "methods": [m.to_json() for m in methods],
-        "steps": _TIMED_STEPS,
-        "interface": None,
-        "timeout_s": 300.0,
-    }
-    ranks = launch.run(lab.local(workers), "distrobust.bench.step:measure", arguments, threads=threads, timeout_s=900.0)
     seconds, messages = {}, {}
     for method in methods:
+        arguments = {"methods": [method.to_json()], "steps": _TIMED_STEPS, "interface": None, "timeout_s": 300.0}
+        ranks = launch.run(
+            lab.local(workers), "distrobust.bench.step:measure", arguments, threads=threads, timeout_s=900.0
+        )
         rounds = list(zip(*(rank[method.name] for rank in ranks), strict=True))
         step_s = statistics.median(max(record["seconds"] for record in records) for records in rounds)
         seconds[method.name] = step_s / max(1.0, workers * threads / num_cores())
