@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from distrobust.compression.codec import Space
+from distrobust.compression.select import num_selected
 
 seeds = st.integers(0, 2**32 - 1)
 kinds = st.sampled_from(["normal", "heavy tail", "1e-30 to 1e30", "tiny", "huge", "everything", "zeros", "some zeros"])
@@ -67,3 +70,26 @@ def joined(blocks: list[tuple[int, Tensor]]) -> tuple[Space, Tensor]:
     starts = [sum(n for n, _ in blocks[:i]) for i in range(len(blocks))]
     space = Space(sum(n for n, _ in blocks), tuple(len(indices) for _, indices in blocks), tuple(starts))
     return space, torch.cat([indices + start for (_, indices), start in zip(blocks, starts, strict=True)])
+
+
+def entropy_bits(n: int, k: int) -> float:
+    """log2 of the number of ways to choose k of n."""
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
+
+
+def resnet50() -> list[int]:
+    """Sizes of ResNet-50's 54 matrices, and all its biases and norms as one block: 25,557,032 in 55 blocks."""
+    sizes, channels = [64 * 3 * 49], 64
+    for width, num_blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(num_blocks):
+            sizes += [channels * width, width * width * 9, width * width * 4]
+            sizes += [channels * width * 4] if i == 0 else []
+            channels = width * 4
+    sizes.append(2048 * 1000)
+    return [*sizes, 25_557_032 - sum(sizes)]
+
+
+def resnet50_space(density: float) -> Space:
+    sizes = resnet50()
+    starts = tuple(sum(sizes[:i]) for i in range(len(sizes)))
+    return Space(sum(sizes), tuple(num_selected(n, density) for n in sizes), starts)
