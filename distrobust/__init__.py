@@ -43,7 +43,8 @@ def compress(
             (False).
         warmup: share of the run spent on the paper's ladder of densities (0.2, or 0 with step_ahead).
         final_steps, final_density: the last steps of the run, sent at that density (0, 1.0).
-        values: "fp16", "fp32", "bf16", "int8", "4bit", "2bit" or "sign" on the wire; rounding stays in the residual.
+        values: "fp32", "fp16", "bf16", "int8", "4bit", "2bit" or "sign" on the wire ("4bit"); rounding stays in the
+            residual.
         indices: "elias_fano", or "rice", half a bit shorter.
         exchange: "all_gather", "sharded" (pays with many ranks), "hierarchical" (dense inside a machine) or "auto",
             which takes the one that sends least and logs why.

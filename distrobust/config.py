@@ -176,7 +176,7 @@ class CompressConfig(Section):
     """Of the last steps."""
     step_ahead: bool = False
     """Compute each worker's gradient where its own unsent update would have led (step-ahead error feedback)."""
-    values: Literal["fp32", "fp16", "bf16", "int8", "4bit", "2bit", "sign"] = "fp16"
+    values: Literal["fp32", "fp16", "bf16", "int8", "4bit", "2bit", "sign"] = "4bit"
     """On the wire; the rounding error stays in the residual."""
     indices: Literal["elias_fano", "rice"] = "elias_fano"
     """On the wire; rice is 0.5 bit shorter and may leave out a few of the smallest coordinates."""

@@ -327,7 +327,7 @@ def compress_sharded(
     num_steps: int | None = None,
     warmup: float = 0.2,
     ladder: tuple[float, ...] = LADDER,
-    values: str = "fp16",
+    values: str = "4bit",
     indices: str = "elias_fano",
     selector: str = "sampled",
     momentum: str = "residual",

@@ -54,7 +54,7 @@ def attach(
     final_steps: int = 0,
     final_density: float = 1.0,
     step_ahead: bool = False,
-    values: str = "fp16",
+    values: str = "4bit",
     indices: str = "elias_fano",
     exchange: str = "auto",
     selector: str = "sampled",

@@ -62,8 +62,8 @@ def test_a_whole_run_stays_within_its_byte_budget(factor: float, options: dict[s
     num_steps = 40
 
     def body(rank: Rank) -> float:
-        settings = {"density": "auto", "fewer_bytes": factor, "num_steps": num_steps, "warmup": 0.0, **options}
-        ours = worker(rank, **settings)
+        settings = {"density": "auto", "fewer_bytes": factor, "num_steps": num_steps, "warmup": 0.0, "values": "fp16"}
+        ours = worker(rank, **settings | options)
         for step in range(num_steps):
             ours.step(step)
         return (ours.state.sent_bytes - 16 * num_steps) * factor / ours.state.dense_bytes

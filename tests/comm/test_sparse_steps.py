@@ -212,7 +212,7 @@ def test_small_tensors_are_fused_so_that_traffic_is_density_times_n() -> None:
 
     def body(rank: Rank) -> None:
         transport = Counting(rank.group)
-        ours = worker(rank, ManySmall, density=0.001, transport=transport)
+        ours = worker(rank, ManySmall, density=0.001, values="fp16", transport=transport)
         ours.ddp(torch.tensor([0.5, 2.0])).backward()
         assert len(transport.gathers) == 1
         assert 103 * 3 <= transport.gathers[0] <= 1.1 * 103 * (28 / 8) + 2 + 4 + 1 + 13
