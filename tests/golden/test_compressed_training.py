@@ -45,7 +45,8 @@ def targets(step: int, rank: int) -> tuple[Tensor, Tensor]:
 def run() -> list[dict[str, Any]]:
     def body(rank: Rank) -> list[dict[str, Any]]:
         sgd = {"lr": 0.0625, "momentum": 0.5, "nesterov": True, "weight_decay": 2.0**-6}
-        ours = worker(rank, Springs, density=0.03125, sgd=sgd, num_steps=STEPS, ladder=(1.0, 0.25, 0.125))
+        options = {"values": "fp16", "num_steps": STEPS, "ladder": (1.0, 0.25, 0.125)}
+        ours = worker(rank, Springs, density=0.03125, sgd=sgd, **options)
         history = []
         for step in range(STEPS):
             ours.optimizer.zero_grad()
