@@ -31,8 +31,8 @@ class Mean:
     payloads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     fused: Tensor | None = None  # (sum of all fused parameters,) float32, in the last bucket only
     used: dict[str, bool] = field(default_factory=dict)  # whether any rank had a gradient
-    side: dict[str, float] = field(default_factory=dict)  # mean over ranks of the observed values
-    side_is_local: bool = False  # observed on local gradients, not on their mean
+    side: dict[str, Tensor] = field(default_factory=dict)  # (num_ranks, numbers): what each rank observed
+    side_is_local: bool = False  # observed on local gradients, before they were compressed
 
     def write(self, bucket: Tensor, scale: float) -> None:
         """Overwrites `bucket` with the mean times `scale`."""
@@ -49,14 +49,25 @@ class Mean:
 
 
 class Observer(Protocol):
-    """Looks at every gradient before it is compressed; one number a parameter travels in the message."""
+    """Looks at every gradient before it is compressed; `width` numbers a parameter travel in the message.
+
+    `wants_mean`: in dense phases it compares this rank's gradient with the mean, and one number a parameter travels in
+    a second hop; otherwise it observes the mean, and nothing travels.
+    """
+
+    width: int
+    wants_mean: bool
 
     def observe(self, name: str, gradient: Tensor) -> Tensor:
-        """One float32 value for a gradient (n,), local in a sparse phase, the mean over ranks in a dense one."""
+        """(width,) float32 for a gradient (n,), local in a sparse phase, the mean over ranks in a dense one."""
         ...
 
-    def commit(self) -> None:
-        """The step of the gradients observed last was taken."""
+    def compare(self, name: str, gradient: Tensor, mean: Tensor) -> Tensor:
+        """(1,) float32 for this rank's gradient (n,) and the mean (n,)."""
+        ...
+
+    def commit(self, rows: dict[str, Tensor], is_local: bool) -> None:
+        """The step was taken. rows: (num_ranks, numbers) of every parameter, the same on all ranks."""
         ...
 
 

@@ -63,7 +63,6 @@ def attach(
     clip: float | None = None,
     fuse_below: int = FUSE_BELOW,
     scaler: Any = None,
-    observer: Observer | None = None,
     transport: Transport | None = None,
     register: bool = True,
 ) -> Compression:
@@ -104,9 +103,13 @@ def attach(
         taken = takeover.take_over(optimizers, parameters, masking=masking, clip=clip)
     else:
         taken = takeover.leave_in_place(optimizers, parameters, clip=clip)
-    needs = "step-ahead" if step_ahead else "noise" if observer is not None else "clip" if clip is not None else ""
+    adaptive = takeover.noise_adaptive(optimizer)
+    needs = "step-ahead" if step_ahead else "noise" if adaptive is not None else "clip" if clip is not None else ""
     chosen = choice.choose(exchange, _group_of(model), transport, needs)
-    _refuse_combinations(chosen, step_ahead, observer, clip)
+    _refuse_combinations(chosen, step_ahead, adaptive is not None, clip)
+    observer: Observer | None = None
+    if adaptive is not None:
+        observer = adaptive.observer_for(chosen.transport.num_ranks, always_dense=density == 1.0)
     if transport is None or transport.num_ranks > 1:
         _log.info("compress: exchange %s (%s)", chosen.exchange, chosen.reason)
     settings = Settings(
@@ -119,7 +122,7 @@ def attach(
     )
     scaler = takeover.scaler_of(optimizer) if scaler is None else scaler
     scale: Callable[[], float] | None = scaler.get_scale if scaler is not None else None
-    rates = _rates_of(optimizers, parameters) if step_ahead else None
+    rates = _rates_of(optimizers, parameters, adaptive) if step_ahead else None
     state = Compression(parameters, taken.rules, settings, schedule, fuse_below=fuse_below, scale=scale, rates=rates)
     if isinstance(density, str):
         state.density = _within_budget(state, schedule, fewer_bytes, exchange_s)
@@ -163,9 +166,7 @@ def _group_of(model: DistributedDataParallel) -> ProcessGroup | None:
     return None if dist.is_initialized() and group == dist.group.WORLD else group
 
 
-def _refuse_combinations(
-    chosen: choice.Choice, step_ahead: bool, observer: Observer | None, clip: float | None
-) -> None:
+def _refuse_combinations(chosen: choice.Choice, step_ahead: bool, adapts: bool, clip: float | None) -> None:
     levels = chosen.transport.local is not None
     if step_ahead and (levels or chosen.exchange != "all_gather"):
         raise ConfigError(
@@ -177,7 +178,7 @@ def _refuse_combinations(
             "compress.clip: a worker knows the norm of only a piece of each gradient in a hierarchical exchange; set "
             "compress.exchange to all_gather or sharded, or compress.clip to null"
         )
-    if observer is not None and levels:
+    if adapts and levels:
         raise ConfigError(
             "noise: a worker sees only a piece of each gradient in a hierarchical exchange; set compress.exchange to "
             "all_gather or sharded, or noise to null"
@@ -185,14 +186,18 @@ def _refuse_combinations(
 
 
 def _rates_of(
-    optimizers: Sequence[torch.optim.Optimizer], parameters: dict[str, Parameter]
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: dict[str, Parameter],
+    adaptive: takeover.NoiseAdaptive | None,
 ) -> Callable[[], dict[str, float]]:
     """Reads each parameter's learning rate when called."""
     names = {parameter: name for name, parameter in parameters.items()}
 
     def rates() -> dict[str, float]:
+        ratios = adaptive.ratios if adaptive is not None else {}
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        return {names[p]: float(group["lr"]) for group in groups for p in group["params"] if p in names}
+        rates = {names[p]: float(group["lr"]) for group in groups for p in group["params"] if p in names}
+        return {name: rate * float(ratios.get(name, 1.0)) for name, rate in rates.items()}
 
     return rates
 

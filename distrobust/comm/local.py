@@ -26,7 +26,7 @@ class LocalHalf:
         self.num_cuts, self.owned = num_cuts, owned
         fused_size = sum(r.v.numel() for r in step.fused.values()) if bucket.is_last else 0
         self.size = bucket.flat.numel() + fused_size
-        self.num_side = len(bucket.parts) if settings.observer is not None else 0
+        self.num_side = len(bucket.parts) * settings.observer.width if settings.observer is not None else 0
         self._chosen: dict[tuple[str, int], Selected] = {}
         self.decoded: dict[int, Message] = {}  # messages of this rank, as receivers will read them
         used, side = self._accumulate()
@@ -50,12 +50,11 @@ class LocalHalf:
             return Mean(finite=False)
         names = [part.name for part in self.bucket.parts]
         used = torch.stack([one.used for one in decoded]).any(dim=0).tolist()
-        side = (torch.stack([one.side for one in decoded]).sum(dim=0) / len(decoded)).tolist()
-        return Mean(
-            used=dict(zip(names, used, strict=True)),
-            side=dict(zip(names, side, strict=False)),
-            side_is_local=True,
-        )
+        mean = Mean(used=dict(zip(names, used, strict=True)), side_is_local=True)
+        if self.num_side:
+            side = torch.stack([one.side for one in decoded]).view(len(decoded), len(names), -1)
+            mean.side = dict(zip(names, side.unbind(dim=1), strict=True))
+        return mean
 
     def _accumulate(self) -> tuple[Tensor, Tensor]:
         """Every part's gradient into its next buffers, large ones selected from. The flags and side values to send."""
@@ -78,7 +77,7 @@ class LocalHalf:
                 continue
             self._chosen.update({(part.name, number): s for number, s in zip(numbers, found, strict=True)})
         device = self.bucket.flat.device
-        return used, torch.stack(side) if side else torch.zeros(0, device=device)
+        return used, torch.cat(side) if side else torch.zeros(0, device=device)
 
     def _pieces_by_part(self) -> dict[str, tuple[list[int], list[Piece]]]:
         """For each large part: the cuts it lies in, without the owned one, and its pieces there."""

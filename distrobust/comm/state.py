@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn import Parameter
 
+from distrobust.comm import dense
 from distrobust.comm.ahead import StepAhead
 from distrobust.comm.bucket import Bucket, Exchange, Mean, Settings, Step, Verdict
-from distrobust.comm.dense import dense
 from distrobust.comm.exchange import EXCHANGES
 from distrobust.comm.flat import flat, flat_like, unflat
 from distrobust.comm.hierarchical import hierarchical, piece_size
@@ -54,8 +54,8 @@ class Compression:
     """State of the communication hook, keyed by parameter name. Made by `distrobust.compress`.
 
     `step`: optimizer steps seen, skipped ones included. `skipped`: the last backward met a non-finite gradient on some
-    rank. `side`: what the observer returned, averaged over ranks, by parameter; `side_is_local` says of which gradient.
-    `seconds`: host time spent in the hook so far, without waiting and decoding. `error`: why the last backward failed.
+    rank. `seconds`: host time spent in the hook so far, without waiting and decoding. `error`: why the last backward
+    failed.
     """
 
     def __init__(
@@ -88,8 +88,6 @@ class Compression:
         self.skipped_in_a_row = 0
         self.dense_bytes = 0
         self.seconds = 0.0
-        self.side: dict[str, float] = {}
-        self.side_is_local = False
         self.error: Exception | None = None
 
     @property
@@ -121,7 +119,7 @@ class Compression:
         units += [n - sum(units)] if self._fused else []
         space = codec.Space(n, tuple(num_selected(size, density) for size in units))
         messages = num_ranks - 1 if self.settings.exchange == "all_gather" else 2 * (num_ranks - 1) / num_ranks
-        num_side = len(sizes) if self.settings.observer is not None else 0
+        num_side = len(sizes) * self.settings.observer.width if self.settings.observer is not None else 0
         return round(messages * Layout(space, self.settings.code, len(sizes), num_side).num_bytes)
 
     def part(self, parameter: Tensor, start: int, gradient: Tensor) -> Part:
@@ -139,7 +137,7 @@ class Compression:
         if is_first or self._pass is None:
             self._pass = self._begin(bucket.device)
         current = self._pass
-        exchange, num_hops = self._exchange(current.dense)
+        exchange, num_hops = self._exchange(current.dense, parts)
         try:
             self._advance(current)
             given = Bucket(bucket, parts, is_last)
@@ -160,9 +158,13 @@ class Compression:
 
         return current.done.then(result)
 
-    def _exchange(self, is_dense: bool) -> tuple[Callable[[Settings, Step, Bucket, Verdict], Exchange], int]:
+    def _exchange(
+        self, is_dense: bool, parts: list[Part]
+    ) -> tuple[Callable[[Settings, Step, Bucket, Verdict], Exchange], int]:
         """What carries a bucket, and in how many hops."""
-        exchange, num_hops = (dense, 1) if is_dense else EXCHANGES[self.settings.exchange]
+        exchange, num_hops = EXCHANGES[self.settings.exchange]
+        if is_dense:
+            exchange, num_hops = dense.dense, dense.num_hops(self.settings, parts)
         if self.settings.transport.local:
             return partial(hierarchical, exchange), num_hops + 2
         return exchange, num_hops
@@ -216,9 +218,7 @@ class Compression:
         self.skipped_in_a_row = 0
         scale = current.step.scale
         fused = self._split_fused(current, results[-1][1])
-        self.side, self.side_is_local = {}, results[0][1].side_is_local
         for bucket, mean in results:
-            self.side.update(mean.side)
             mean.write(bucket.flat, scale)
             for part in bucket.parts:
                 here = bucket.flat[part.start : part.end]
@@ -228,8 +228,9 @@ class Compression:
                     part.residual.commit(settled=current.dense)
                 else:  # DDP will drop the answer for a parameter nobody used: leave it in the residual
                     here.zero_()
-        if self.settings.observer is not None and self.side:
-            self.settings.observer.commit()
+        if self.settings.observer is not None:
+            rows = {name: row for _, mean in results for name, row in mean.side.items()}
+            self.settings.observer.commit(rows, results[0][1].side_is_local)
 
     def _split_fused(self, current: _Pass, last: Mean) -> dict[str, Tensor]:
         joined = last.fused

@@ -7,20 +7,31 @@ would act on coordinates that were not sent (it cost 2 % ImageNet accuracy elsew
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from distrobust.comm.bucket import Observer
 from distrobust.compression.memory import Rule
 from distrobust.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 _WRAPPERS = {"accelerate", "lightning", "pytorch_lightning"}  # whose optimizers hand everything on to their .optimizer
+
+
+class NoiseAdaptive(Protocol):
+    """An optimizer whose rates follow each layer's gradient noise, which an exchange measures before it compresses."""
+
+    ratios: Mapping[str, Any]  # of the last step, by parameter
+
+    def observer_for(self, num_ranks: int, always_dense: bool) -> Observer | None:
+        """What is to be called on every gradient. The optimizer measures nothing by itself from here on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class Takeover:
 def unwrapped(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
     """The optimizers that make the step: one or several, without the wrapper of Accelerate or Lightning."""
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    inner: list[Any] = [getattr(one, "optimizer", one) if _is_wrapper(one) else one for one in given]
+    given = [getattr(one, "optimizer", one) if _is_wrapper(one) else one for one in given]
+    inner: list[Any] = [each for one in given for each in getattr(one, "optimizers", [one])]
     for one in inner:
         if not isinstance(one, torch.optim.Optimizer):
             raise ConfigError(f"compress: got a {type(one).__name__} as optimizer, wanted a torch.optim.Optimizer")
@@ -42,6 +54,19 @@ def unwrapped(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
     if len(set(owned)) < len(owned):
         raise ConfigError("compress: a parameter is in two optimizers and would be stepped twice; give it one")
     return inner
+
+
+def noise_adaptive(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> NoiseAdaptive | None:
+    """The one among them whose rates follow the gradient noise; None if there is none."""
+    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    seen = [getattr(one, "optimizer", one) if _is_wrapper(one) else one for one in given]
+    found: list[Any] = [one for one in seen if hasattr(one, "observer_for")]
+    if len(found) > 1:
+        raise ConfigError(
+            "compress: got two optimizers that measure gradient noise, wanted one; hand all optimizers to one "
+            "NoiseAdaptive([...], model)"
+        )
+    return found[0] if found else None
 
 
 def scaler_of(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> Any:

@@ -1,71 +1,209 @@
-"""Gradient noise of each parameter, from the difference of successive gradients.
+"""Gradient noise of every parameter: three estimators of one quantity.
 
-LANTON (Hao et al., 2025, arXiv 2510.14009), option 1, with the Frobenius norm (its own dual):
+LANTON (Hao et al., 2025, arXiv 2510.14009), algorithm 1, averages over time
 
-    H_t = b2 H_{t-1} + (1 - b2) ||G_t - G_{t-1}||^2
+    H_t = b2 H_{t-1} + (1 - b2) ||G_t - G~_t||_*^2
 
-G is the gradient averaged over N workers. Where only local gradients are known, since compression hides their mean,
-each worker measures its own, the values are averaged, and divided by N: noise of independent gradients averages out.
-One number a parameter travels inside the compressed message, so H is the same on every rank.
+with G the gradient averaged over N workers and G~ another one. So H estimates the expected squared difference of two
+independent gradients, twice the noise of one. Where G~ comes from:
+
+    TemporalNoise     option 1: the previous step's gradient. Contains what the step changed, and waits a step.
+    IndependentNoise  option 2: a second gradient at the same weights, from other samples. Costs a backward pass.
+    SpreadNoise       ours: workers' gradients are independent at the same weights, so with their mean m
+                          2 / N * sum_r ||g_r - m||_*^2 / (N - 1)
+                      is H without waiting, drift or a second pass; needs two workers.
+
+A dense exchange knows m, and SpreadNoise is exact. Under compression nobody knows m: every worker sends a random
+projection of its gradient inside its message, a few numbers for each parameter, and their spread is that of the
+gradients on average (projection.py). Relative standard deviation of one step's sum over N workers with M numbers each
+and noise without a preferred direction: sqrt(2 / (M (N - 1))); cost: 4 M bytes a parameter. This holds for the
+Frobenius norm only; for other norms TemporalNoise measures each worker's own gradients, averages, and divides by N.
+
+Workers get each other's numbers in the same messages, so H is the same on every rank, to the bit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distrobust.errors import ConfigError
+from distrobust.optim.norms import Norm, dual_norms
+from distrobust.optim.projection import Projection
 
-class TemporalNoise:
-    """H by parameter name. `observe` each gradient, `commit` when the step happened, `update` with the averages.
 
-    Keeps two copies of the last gradient, so that a step that did not happen leaves no trace.
+class Noise:
+    """H by parameter. `width`: float32 numbers a parameter in a message. `wants_mean`: see `compare`.
+
+    As an observer of an exchange: `observe` or `compare` every gradient, `commit` if the step happens.
     """
 
-    def __init__(self, beta2: float) -> None:
-        self.beta2 = beta2
-        self.noise: dict[str, float] = {}
-        self._previous: dict[str, Tensor] = {}
-        self._current: dict[str, Tensor] = {}
-        self._divide_by: int | None = None
+    width = 1
+    wants_mean = False
+
+    def __init__(self, parameters: Mapping[str, Tensor], norms: Mapping[str, Norm], beta2: float) -> None:
+        if not 0.0 <= beta2 < 1.0:
+            raise ConfigError(f"noise.beta2: got {beta2}, wanted a number from 0 to below 1")
+        self.parameters, self.norms, self.beta2 = parameters, norms, beta2
+        self.names = list(parameters)
+        self._place = {name: i for i, name in enumerate(self.names)}
+        device = next(iter(parameters.values())).device
+        self.h = torch.full((len(self.names),), math.nan, dtype=torch.float64, device=device)
+
+    def by_name(self) -> dict[str, float]:
+        """H of every parameter that was measured."""
+        return {name: h for name, h in zip(self.names, self.h.tolist(), strict=True) if not math.isnan(h)}
+
+    def of(self, names: Sequence[str]) -> Tensor:
+        """(len(names),) float64: H, NaN where nothing was measured yet."""
+        return self.h[torch.tensor([self._place[name] for name in names], device=self.h.device)]
 
     def observe(self, name: str, gradient: Tensor) -> Tensor:
-        """||gradient - previous||^2 as a float32 scalar; NaN when there is no previous gradient (n,)."""
-        previous = self._previous.get(name)
-        self._current[name] = gradient.detach().to(torch.float32, copy=True)
-        if previous is None:
-            return torch.full((), math.nan, device=gradient.device)
-        difference: Tensor = torch.linalg.vector_norm(self._current[name] - previous)
-        return difference.square()
+        """(width,) float32 to send, of a gradient (n,) or of the parameter's shape: a worker's own, or the mean."""
+        raise NotImplementedError
 
-    def commit(self) -> None:
-        """The gradients observed since the last commit were applied: they are the previous ones now."""
-        self._previous.update(self._current)
-        self._current = {}
+    def compare(self, name: str, gradient: Tensor, mean: Tensor) -> Tensor:
+        """(1,) float32 to send, of a worker's own gradient (n,) and the mean, where that is known and wanted."""
+        raise NotImplementedError
 
-    def update(self, squared_differences: dict[str, float], divide_by: int) -> None:
-        """Takes each parameter's squared difference, averaged over workers, into H; NaN says nothing.
+    def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
+        """The step happens. rows: (num_ranks, numbers), what every rank observed (`is_local`), or all of the mean."""
+        raise NotImplementedError
 
-        Nor does the first difference after `divide_by` changed: it is between gradients of two kinds.
-        """
-        switched = self._divide_by not in (None, divide_by)
-        self._divide_by = divide_by
-        if switched:
+    def take(self, squares: Mapping[str, Tensor]) -> None:
+        """Takes squared dual norms of differences into H; what is not finite says nothing."""
+        if not squares:
             return
-        for name, value in squared_differences.items():
-            if not math.isfinite(value):
-                continue
-            value /= divide_by
-            before = self.noise.get(name)
-            self.noise[name] = value if before is None else self.beta2 * before + (1 - self.beta2) * value
+        places = torch.tensor([self._place[name] for name in squares], device=self.h.device)
+        new = torch.stack([square.reshape(()) for square in squares.values()]).to(self.h)
+        old = self.h[places]
+        averaged = torch.where(torch.isnan(old), new, self.beta2 * old + (1.0 - self.beta2) * new)
+        self.h[places] = torch.where(torch.isfinite(new), averaged, old)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"noise": dict(self.noise), "previous": dict(self._previous), "divide_by": self._divide_by}
+        return {"h": dict(zip(self.names, self.h.tolist(), strict=True))}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.noise = dict(state["noise"])
-        self._previous = dict(state["previous"])
-        self._divide_by = state["divide_by"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        known = state["h"]
+        self.h.copy_(torch.tensor([known.get(name, math.nan) for name in self.names], dtype=torch.float64))
+
+    def _squares(self, differences: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Squared dual norms, of tensors flat or in their parameter's shape."""
+        found: dict[str, Tensor] = {}
+        for norm in sorted({self.norms[name] for name in differences}):
+            names = [name for name in differences if self.norms[name] == norm]
+            tensors = [self._shaped(differences[name], name) for name in names]
+            found.update(zip(names, dual_norms(norm, tensors).double().square().unbind(), strict=True))
+        return found
+
+    def _shaped(self, values: Tensor, name: str) -> Tensor:
+        """Flat values are in the order of the parameter's storage, where that has no gaps."""
+        parameter = self.parameters[name]
+        if values.shape == parameter.shape or self.norms[name] != "spectral":
+            return values
+        if torch.ops.aten.is_non_overlapping_and_dense(parameter):
+            return values.as_strided(parameter.shape, parameter.stride(), values.storage_offset())
+        return values.view(parameter.shape)
+
+
+class TemporalNoise(Noise):
+    """Option 1: against the previous step's gradient. Keeps a copy of it, two while a step is under way."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], norms: Mapping[str, Norm], beta2: float) -> None:
+        super().__init__(parameters, norms, beta2)
+        self._previous: dict[str, Tensor] = {}
+        self._current: dict[str, Tensor] = {}
+        self._was_local: bool | None = None
+
+    def observe(self, name: str, gradient: Tensor) -> Tensor:
+        """||gradient - previous||_*^2; NaN when there is no previous one."""
+        current = self._current[name] = gradient.detach().to(torch.float32, copy=True)
+        previous = self._previous.get(name)
+        if previous is None:
+            return torch.full((1,), math.nan, device=gradient.device)
+        return self._squares({name: current - previous.view_as(current)})[name].to(torch.float32).view(1)
+
+    def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
+        """The first difference after gradients changed from local to mean, or back, says nothing."""
+        self._previous.update(self._current)
         self._current = {}
+        switched = self._was_local not in (None, is_local)
+        self._was_local = is_local
+        if not switched:
+            self.take({name: row.double().mean() / (len(row) if is_local else 1) for name, row in rows.items()})
+
+    def measure(self, gradients: Mapping[str, Tensor]) -> None:
+        """All of a step's gradients at once, in their parameters' shapes, by an optimizer about to apply them."""
+        known = [name for name in gradients if name in self._previous]
+        new = [gradients[name].detach().to(torch.float32) for name in known]
+        if known:
+            differences = torch._foreach_sub(new, [self._previous[name] for name in known])
+            self.take(self._squares(dict(zip(known, differences, strict=True))))
+        self.keep(gradients)
+
+    def keep(self, gradients: Mapping[str, Tensor]) -> None:
+        """The gradients to compare the next ones with."""
+        for name, gradient in gradients.items():
+            if name in self._previous:
+                self._previous[name].copy_(gradient.detach())
+            else:
+                self._previous[name] = gradient.detach().to(torch.float32, copy=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "previous": dict(self._previous), "was_local": self._was_local}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._previous = {name: previous.clone() for name, previous in state["previous"].items()}
+        self._was_local = state["was_local"]
+        self._current = {}
+
+
+class IndependentNoise(TemporalNoise):
+    """Option 2: against gradients handed to `keep` in the same step; a step without measures nothing."""
+
+    def measure(self, gradients: Mapping[str, Tensor]) -> None:
+        super().measure(gradients)
+        self._previous = {}
+
+
+class SpreadNoise(Noise):
+    """The spread of workers' gradients at the same weights. `width` numbers a parameter travel under compression."""
+
+    wants_mean = True
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], norms: Mapping[str, Norm], beta2: float, width: int = 4
+    ) -> None:
+        super().__init__(parameters, norms, beta2)
+        self.width = width
+        self._projection = Projection(width)
+        self._step = 0
+
+    def observe(self, name: str, gradient: Tensor) -> Tensor:
+        """A projection with the signs of this step, the same on every rank."""
+        return self._projection(gradient.detach().to(torch.float32).reshape(-1), self._step)
+
+    def compare(self, name: str, gradient: Tensor, mean: Tensor) -> Tensor:
+        """||gradient - mean||_*^2"""
+        return self._squares({name: gradient.to(torch.float32) - mean.to(torch.float32)})[name].float().view(1)
+
+    def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
+        self._step += 1
+        squares = {}
+        for name, row in rows.items():
+            num_ranks = len(row)
+            deviations = (row - row.mean(dim=0)).double().square() if is_local else row.double()
+            squares[name] = 2.0 / num_ranks * deviations.sum() / (num_ranks - 1)
+        self.take(squares)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._step = state["step"]

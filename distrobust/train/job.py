@@ -188,7 +188,6 @@ class _Job:
         recipe = Recipe(
             phase=settings,
             attack=config.attack if tuning else None,
-            noise=config.noise if tuning else None,
             schedule=schedule,
             num_steps=num_steps,
             crop=config.data.crop,

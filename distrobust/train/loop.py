@@ -19,7 +19,7 @@ from distrobust.adversarial.threat import Threat
 from distrobust.config import Config, PhaseConfig
 from distrobust.data import Shard
 from distrobust.errors import DivergedError
-from distrobust.optim.lanton import mean_by_layer
+from distrobust.optim.rates import mean_by_layer
 from distrobust.train import checkpoint, scoring
 from distrobust.train.rundir import RunDirectory
 from distrobust.train.state import TrainState

@@ -15,7 +15,7 @@ from distrobust.comm.resize import resize
 from distrobust.comm.state import Compression
 from distrobust.comm.transport import Transport
 from distrobust.config import CompressConfig, NoiseConfig, PhaseConfig
-from distrobust.optim.noise import TemporalNoise
+from distrobust.optim.adaptive import NoiseAdaptive
 from distrobust.train.checkpoint import Loaded, Position
 
 
@@ -28,7 +28,7 @@ class TrainState:
     ddp: DistributedDataParallel
     optimizer: torch.optim.SGD
     compression: Compression
-    noise: TemporalNoise | None
+    adaptive: NoiseAdaptive | None  # around `optimizer`
     samples: int = 0
 
     def shared(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class TrainState:
         return {
             "buffers": dict(self.net.named_buffers()),
             "compression": self.compression.state_dict(),
-            "noise": None if self.noise is None else self.noise.state_dict(),
+            "noise": None if self.adaptive is None else self.adaptive.noise.state_dict(),
         }
 
     def load(self, loaded: Loaded) -> None:
@@ -62,8 +62,8 @@ class TrainState:
             for name, buffer in self.net.named_buffers():
                 buffer.copy_(own["buffers"][name])
         self.optimizer.load_state_dict(loaded.shared["optimizer"])
-        if self.noise is not None:
-            self.noise.load_state_dict(own["noise"])
+        if self.adaptive is not None:
+            self.adaptive.noise.load_state_dict(own["noise"])
         self.samples = loaded.shared["samples"]
         self.position = loaded.position
 
@@ -81,24 +81,23 @@ def make_state(
     """A phase at its first step. Without `compress` the hook runs dense, which is DDP with SGD to the bit."""
     ddp = _wrap(net, transport, device)
     optimizer = torch.optim.SGD(
-        [{"params": [p], "name": name} for name, p in net.named_parameters()] if noise else net.parameters(),
+        net.parameters(),
         lr=phase.schedule.peak,
         momentum=phase.momentum,
         nesterov=phase.nesterov,
         weight_decay=phase.weight_decay,
     )
-    estimator = TemporalNoise(noise.beta2) if noise else None
+    adaptive = NoiseAdaptive(optimizer, net, alpha=noise.alpha, beta2=noise.beta2) if noise else None
     chosen = compress or CompressConfig(density=1.0)
     compression = attach(
         ddp,
-        optimizer,
+        adaptive or optimizer,
         chosen.density,
         num_steps=num_steps,
         **chosen.model_dump(exclude={"density"}),
-        observer=estimator,
         transport=None if chosen.exchange in ("auto", "hierarchical") else transport,
     )
-    return TrainState(position, net, ddp, optimizer, compression, estimator)
+    return TrainState(position, net, ddp, optimizer, compression, adaptive)
 
 
 def _wrap(net: nn.Module, transport: Transport, device: torch.device) -> DistributedDataParallel:

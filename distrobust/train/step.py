@@ -12,9 +12,8 @@ from torch import Tensor
 from distrobust.adversarial import losses
 from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.threat import Threat
-from distrobust.config import AttackConfig, NoiseConfig, PhaseConfig
+from distrobust.config import AttackConfig, PhaseConfig
 from distrobust.data import crop_and_flip
-from distrobust.optim import lanton
 from distrobust.optim.schedules import Schedule, ramp
 from distrobust.train.randomness import generator_at, seed_of
 from distrobust.train.state import TrainState
@@ -26,7 +25,6 @@ class Recipe:
 
     phase: PhaseConfig
     attack: AttackConfig | None
-    noise: NoiseConfig | None
     schedule: Schedule
     num_steps: int
     crop: int
@@ -86,10 +84,11 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         raise
 
     rate = recipe.schedule.at(step / recipe.num_steps)
-    ratios = _set_rates(state, recipe, rate)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
     if state.compression.skipped:
         torch._foreach_copy_(list(state.net.buffers()), kept)
-    state.optimizer.step()
+    (state.adaptive or state.optimizer).step()
     correct = (output.logits.argmax(1) == labels).sum()
     finished = time.perf_counter()
     return StepResult(
@@ -97,7 +96,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         correct,
         len(labels),
         rate,
-        ratios,
+        {} if state.adaptive is None else state.adaptive.ratios,
         finished - started,
         forward_started - started,
     )
@@ -113,17 +112,3 @@ def _loss(recipe: Recipe, step: int) -> partial[losses.LossOutput]:
     if settings.loss == "trades":
         return partial(losses.trades, attack=attack, threat=threat, beta=settings.beta, label_smoothing=smoothing)
     return partial(losses.pgd_at, attack=attack, threat=threat, label_smoothing=smoothing)
-
-
-def _set_rates(state: TrainState, recipe: Recipe, base: float) -> dict[str, float]:
-    """Sets the rate, per layer where noise is measured; returns each parameter's ratio to `base`."""
-    ratios: dict[str, float] = {}
-    compression = state.compression
-    if state.noise is not None and recipe.noise is not None:
-        if not compression.skipped:
-            num_ranks = compression.settings.transport.num_ranks
-            state.noise.update(compression.side, num_ranks if compression.side_is_local else 1)
-        groups = lanton.default_groups(compression.parameters)
-        ratios = lanton.rate_ratios(state.noise.noise, groups, recipe.noise.alpha)
-    lanton.set_rates(state.optimizer, base, ratios)
-    return ratios

@@ -218,27 +218,3 @@ def test_small_tensors_are_fused_so_that_traffic_is_density_times_n() -> None:
         assert 103 * 3 <= transport.gathers[0] <= 1.1 * 103 * (28 / 8) + 2 + 4 + 1 + 13
 
     run_ranks(2, body)
-
-
-def test_observed_values_are_averaged_over_the_ranks() -> None:
-    class Observer:
-        commits = 0
-
-        def __init__(self, rank: int) -> None:
-            self.rank = rank
-
-        def observe(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-            return torch.tensor(float(len(name) + self.rank))
-
-        def commit(self) -> None:
-            self.commits += 1
-
-    def body(rank: Rank) -> None:
-        observer = Observer(rank.rank)
-        ours = worker(rank, observer=observer)
-        ours.step(0)
-        assert ours.state.side == {name: len(name) + 0.5 for name in ours.state.parameters}
-        assert ours.state.side_is_local
-        assert observer.commits == 1
-
-    run_ranks(2, body)

@@ -1,0 +1,157 @@
+"""Noise-adaptive layerwise rates on top of any torch optimizer: SGD, AdamW, Muon, without a change to their code.
+
+    optimizer = NoiseAdaptive(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    ...                                                                     # the loop stays as it was
+
+The rates of LANTON (rates.py) alone: the update is the inner optimizer's, and the noise is measured in the Frobenius
+norm, its own dual. Groups are matrices and vectors. For the length of its step the inner optimizer sees one parameter
+group for each parameter, at the group's rate times the parameter's ratio; before and after it sees its own groups. So
+schedulers, checkpoints and whoever reads a rate know nothing of ratios, and nothing can multiply them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from distrobust.errors import ConfigError
+from distrobust.optim.groups import log, refuse_unservable
+from distrobust.optim.noise import Noise, SpreadNoise, TemporalNoise
+from distrobust.optim.rates import check_alpha, rate_ratios
+
+
+class NoiseAdaptive(Optimizer):
+    """optimizer: one, or several that share the model's parameters. model: names and groups come from it.
+
+    alpha, beta2: see rates.py and noise.py. groups: name -> any label, to change what is compared with what (matrices
+    with matrices, vectors with vectors). `ratios`: name -> ratio of the last step. Handed to `distrobust.compress` it
+    measures the workers' spread; alone, or with one worker, successive gradients. Raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        model: nn.Module,
+        *,
+        alpha: float = 0.1,
+        beta2: float = 0.9,
+        groups: Mapping[str, str] | None = None,
+    ) -> None:
+        check_alpha(alpha)
+        self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        parameters = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+        for name, parameter in parameters.items():
+            refuse_unservable(name, parameter)
+        self.alpha = alpha
+        self._names = {parameter: name for name, parameter in parameters.items()}
+        self._refuse_strangers()
+        labels = {name: "matrix" if p.ndim > 1 else "vector" for name, p in parameters.items()} | dict(groups or {})
+        if unknown := sorted(set(labels) - set(parameters)):
+            raise ConfigError(f"NoiseAdaptive groups: {unknown[0]!r} is no parameter of the model that is trained")
+        numbers = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
+        self.noise: Noise = TemporalNoise(parameters, dict.fromkeys(parameters, "frobenius"), beta2)
+        self._groups = torch.tensor([numbers[labels[name]] for name in parameters], device=self.noise.h.device)
+        self._is_observed = False
+        self.ratios = dict.fromkeys(parameters, 1.0)
+
+    def observer_for(self, num_ranks: int, always_dense: bool) -> Noise:
+        """What an exchange shall call on every gradient; from here on `step` measures nothing by itself."""
+        if num_ranks > 1:
+            self.noise = SpreadNoise(self.noise.parameters, self.noise.norms, self.noise.beta2)
+            how = "the spread of workers' gradients" + ("" if always_dense else ", by projections where it is sparse")
+        else:
+            how = "successive gradients, since there is one worker"
+        log(f"NoiseAdaptive: noise from {how}")
+        self._is_observed = True
+        return self.noise
+
+    def rate_of(self, parameter: Tensor) -> float:
+        """The rate the next step will take for a parameter, at the group's present rate."""
+        for group in self.param_groups:
+            if any(parameter is one for one in group["params"]):
+                return float(group["lr"]) * self.ratios.get(self._names[parameter], 1.0)
+        raise KeyError("not a parameter of this optimizer")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if isinstance(self.noise, TemporalNoise) and not self._is_observed:
+            self.noise.measure({name: p.grad for p, name in self._names.items() if p.grad is not None})
+        ratios = rate_ratios(self.noise.h, self._groups, self.alpha).tolist()
+        self.ratios = dict(zip(self.noise.names, ratios, strict=True))
+        for optimizer in self.optimizers:
+            self._step_with_ratios(optimizer)
+        return loss
+
+    def _step_with_ratios(self, optimizer: Optimizer) -> None:
+        own = optimizer.param_groups
+        split: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for group in own:
+            for i, parameter in enumerate(group["params"]):
+                alone = {**group, "params": [parameter], "lr": group["lr"] * self.ratios[self._names[parameter]]}
+                if "param_names" in group:
+                    alone["param_names"] = [group["param_names"][i]]
+                split.append((group, alone))
+        given = [alone["lr"] for _, alone in split]
+        optimizer.param_groups = [alone for _, alone in split]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = own
+        for (group, alone), rate in zip(split, given, strict=True):
+            changed = [
+                key for key in alone if key not in ("params", "param_names", "lr") and alone[key] is not group[key]
+            ]
+            if alone["lr"] is not rate or changed:
+                what = "its learning rate" if alone["lr"] is not rate else f"its {changed[0]!r}"
+                raise ConfigError(
+                    f"NoiseAdaptive: {type(optimizer).__name__}.step() changed {what} while it ran, and the rates of "
+                    "single layers would be lost; let a scheduler do that between steps, on the NoiseAdaptive optimizer"
+                )
+
+    def _refuse_strangers(self) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter not in self._names:
+                        raise ConfigError(
+                            f"NoiseAdaptive: {type(optimizer).__name__} holds a parameter of shape "
+                            f"{tuple(parameter.shape)} that the model does not, or does not train; pass its own model"
+                        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizers[0].defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise ConfigError("NoiseAdaptive: add parameters to the model and make the optimizer anew")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [one.state_dict() for one in self.optimizers], "noise": self.noise.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.noise.load_state_dict(state_dict["noise"])
