@@ -16,6 +16,7 @@ from typing import Any
 
 import record
 import torch
+from gpt import Text, loss_of
 from torch import Tensor, nn
 from workers import Workers
 
@@ -47,30 +48,23 @@ class Characters(nn.Module):
         return logits
 
 
-def loss_of(net: nn.Module, rows: Tensor) -> Tensor:
-    """Mean cross-entropy of every next character; rows (B, T + 1)."""
-    return nn.functional.cross_entropy(net(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-
-
-def train(text: Tensor, vocabulary: int, seed: int, num_steps: int, options: dict[str, Any]) -> dict[str, Any]:
+def train(text: Text, seed: int, num_steps: int, options: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(seed)
-    net = Characters(vocabulary)
-    train_text, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    net = Characters(text.vocabulary)
     rule = Rule(momentum=0.9, masking=not options.get("step_ahead", False), clip=CLIP)
     workers = Workers(net, NUM_WORKERS, num_steps, rule, **options)
     schedule = Schedule("one_cycle", PEAK, 0.1)
     generator = torch.Generator().manual_seed(seed)
     for step in range(num_steps):
-        starts = torch.randint(len(train_text) - LENGTH - 1, (BATCH,), generator=generator)
-        rows = torch.stack([train_text[s : s + LENGTH + 1] for s in starts.tolist()])
+        rows = text.rows(BATCH, generator)
 
         def backward(rank: int, rows: Tensor = rows) -> None:
             loss_of(net, rows[rank::NUM_WORKERS]).backward()
 
         workers.step(backward, schedule.at(step / num_steps))
     with torch.no_grad():
-        whole = held_out[: (len(held_out) - 1) // LENGTH * LENGTH]
-        rows = torch.stack([held_out[s : s + LENGTH + 1] for s in range(0, len(whole), LENGTH)])
+        whole = (len(text.held_out) - 1) // LENGTH * LENGTH
+        rows = torch.stack([text.held_out[s : s + LENGTH + 1] for s in range(0, whole, LENGTH)])
         perplexity = math.exp(sum(float(loss_of(net, r)) * len(r) for r in rows.split(256)) / len(rows))
     return {"seed": seed, "perplexity": perplexity, **workers.bytes()}
 
@@ -83,14 +77,12 @@ def main() -> None:
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    characters = arguments.text.read_text()
-    alphabet = {c: i for i, c in enumerate(sorted(set(characters)))}
-    text = torch.tensor([alphabet[c] for c in characters])
+    text = Text(arguments.text, LENGTH)
     rows = []
     for name, options in VARIANTS.items():
         if arguments.only not in name:
             continue
-        runs = [train(text, len(alphabet), seed, arguments.steps, options) for seed in arguments.seeds]
+        runs = [train(text, seed, arguments.steps, options) for seed in arguments.seeds]
         fewer = runs[0]["dense_bytes"] / runs[0]["sent_bytes"]
         interval = record.interval([run["perplexity"] for run in runs])
         rows.append({"name": name, "options": options, "perplexity": interval, "fewer_bytes": fewer, "runs": runs})

@@ -7,13 +7,13 @@ each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distrobust.comm.bucket import Settings
+from distrobust.comm.bucket import Observer, Settings
 from distrobust.comm.flat import flat
 from distrobust.comm.state import Compression
 from distrobust.comm.together import in_process
@@ -45,6 +45,7 @@ class Workers:
         step_ahead: bool = False,
         residual: bool = True,
         fuse_below: int = 2048,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.net = net
         self.parameters = dict(net.named_parameters())
@@ -61,12 +62,12 @@ class Workers:
             Compression(
                 self.parameters,
                 dict.fromkeys(self.parameters, rule),
-                Settings(transport, code, "sampled", False, None, exchange),
+                Settings(transport, code, "sampled", False, observer, exchange),
                 schedule,
                 fuse_below=fuse_below,
                 rates=rates if step_ahead else None,
             )
-            for transport in in_process(num_workers)
+            for transport, observer in zip(in_process(num_workers), observers or [None] * num_workers, strict=True)
         ]
         if density == "auto":
             first_rank = self.ranks[0]
@@ -80,6 +81,26 @@ class Workers:
     def step(self, backward: Gradients, rate: float, momentum: list[Tensor] | None = None) -> None:
         """One optimizer step at a learning rate; `momentum`: buffers of an optimizer that has its own."""
         self.rate = rate
+        self.exchange(backward)
+        for i, (parameter, mean) in enumerate(zip(self.parameters.values(), self.means(), strict=True)):
+            if momentum is not None:
+                mean = flat(momentum[i]).mul_(0.9).add_(mean)
+            flat(parameter.detach()).sub_(mean, alpha=rate)
+
+    def step_with(self, optimizer: torch.optim.Optimizer, backward: Gradients) -> None:
+        """One step of an optimizer on the mean gradient."""
+        self.exchange(backward)
+        for parameter, mean in zip(self.parameters.values(), self.means(), strict=True):
+            parameter.grad = torch.empty_like(parameter)
+            flat(parameter.grad).copy_(mean)
+        optimizer.step()
+
+    def means(self) -> list[Tensor]:
+        """What every worker was given for each parameter, flat."""
+        return list(self.buckets[0].split([p.numel() for p in self.parameters.values()]))
+
+    def exchange(self, backward: Gradients) -> None:
+        """Runs backward(rank) for every rank and leaves the mean in all buckets."""
         reduced = []
         for rank, compression in enumerate(self.ranks):
             for buffer, own in zip(self.net.buffers(), self.buffers[rank], strict=True):
@@ -103,13 +124,6 @@ class Workers:
             for compression in self.ranks:
                 for memory in compression.residuals.values():
                     memory.v.zero_()
-        at = 0
-        for i, parameter in enumerate(self.parameters.values()):
-            mean = self.buckets[0][at : at + parameter.numel()]
-            if momentum is not None:
-                mean = flat(momentum[i]).mul_(0.9).add_(mean)
-            flat(parameter.detach()).sub_(mean, alpha=rate)
-            at += parameter.numel()
 
     def average_buffers(self) -> None:
         """Batch-norm statistics, averaged over workers, into the model."""

@@ -18,9 +18,24 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
     from distrobust.comm.state import Compression
+    from distrobust.optim.adaptive import NoiseAdaptive
+    from distrobust.optim.lanton import Lanton
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compress", "resize"]
+__all__ = ["Lanton", "NoiseAdaptive", "__version__", "compress", "resize"]
+
+
+def __getattr__(name: str) -> Any:
+    """The optimizers, whose modules need torch: `import distrobust` alone does not load it."""
+    if name == "NoiseAdaptive":
+        from distrobust.optim.adaptive import NoiseAdaptive
+
+        return NoiseAdaptive
+    if name == "Lanton":
+        from distrobust.optim.lanton import Lanton
+
+        return Lanton
+    raise AttributeError(f"module 'distrobust' has no attribute {name!r}")
 
 
 def compress(
@@ -32,7 +47,7 @@ def compress(
     """Registers the compression hook on `model` and moves momentum and weight decay out of `optimizer` into it.
 
     optimizer: one, or several that share the model's parameters (Muon for matrices, AdamW for the rest); Accelerate's
-    and Lightning's wrappers are seen through.
+    and Lightning's wrappers are seen through. A NoiseAdaptive or Lanton is told the noise of whole gradients.
     density: fraction of coordinates sent per step, in (0, 1], or "auto" with fewer_bytes.
 
     Options:

@@ -105,6 +105,23 @@ class ScheduleConfig(Section):
     """Share of the phase until the peak."""
     floor: Share = 0.01
     """First rate, as a share of the peak."""
+    tuned_for: Count | None = None
+    """Global batch size the peak was found at; at another one it is scaled, and the factor logged. null: as it is."""
+    scaling: Literal["linear", "sqrt"] = "linear"
+    """With tuned_for: linear for SGD, sqrt for adaptive optimizers."""
+
+
+class AccuracyGradientConfig(Section):
+    window: Count = 5
+    """Epochs over which held-out accuracy is averaged; no cut before more than these have passed."""
+    patience: Count = 5
+    """Epochs between two cuts, at least."""
+    threshold: Annotated[float, Field(gt=-1.0, lt=1.0)] = 0.005
+    """Cut when the average rises by less than this from one epoch to the next; a share, 0.005 is half a point."""
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
+    """What the rate is multiplied with."""
+    floor: Positive = 1e-6
+    """Lowest rate."""
 
 
 class PhaseConfig(Section):
@@ -114,6 +131,10 @@ class PhaseConfig(Section):
     """Over all workers."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over the phase."""
+    accuracy_gradient: AccuracyGradientConfig | None = None
+    """Cut the rate when held-out accuracy (robust, if there is an attack) stops rising; null: never."""
+    gradient_noise: Positive | None = None
+    """Annealed Gaussian noise on the mean gradient: variance this / (1 + step)^0.55 a coordinate; null: none."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Of SGD; under compression it is momentum correction, in the residual."""
     nesterov: bool = False

@@ -14,6 +14,7 @@ from typing import Any
 from distrobust.errors import CheckpointError
 from distrobust.metrics.console import megabytes, percent, times, traffic
 from distrobust.metrics.jsonl import read
+from distrobust.report_heatmap import heat_maps
 from distrobust.report_plots import Figure, figures
 from distrobust.report_story import Record, Story, tell
 
@@ -32,7 +33,9 @@ def write_report(run_directory: Path) -> Path:
     if not records:
         raise CheckpointError(f"{metrics}: no records yet; try again after the first steps")
     story = tell(run_directory.resolve().name, records)
-    page = _page(story, figures(story.phases, [step for step, _ in story.restarts]) if story.phases else [])
+    restarts = [step for step, _ in story.restarts]
+    plots = [*figures(story.phases, restarts), *heat_maps(story.phases, restarts)] if story.phases else []
+    page = _page(story, plots)
     path = run_directory / "report.html"
     temporary = path.with_name(f".report.html.{os.getpid()}")
     temporary.write_text(page, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The plots of the report: records of one run -> SVG fragments that take their colours from the page.
+"""The curves of the report: records of one run -> SVG fragments that take their colours from the page.
 
 Every curve runs over the steps of all phases, one after the other. Colours are written as placeholders and
 replaced by CSS variables, so that the same drawing serves a light and a dark page; text stays text.
@@ -7,6 +7,7 @@ replaced by CSS variables, so that the same drawing serves a light and a dark pa
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
 
 # placeholder -> what it becomes on the page; no drawing uses these colours for anything else
 _TEXT, _GRID = "#010101", "#010102"
-_SERIES = tuple(f"#0102{number:02x}" for number in range(8))
-_PAGE_COLOURS = {_TEXT: "var(--muted)", _GRID: "var(--line)"} | {
-    colour: f"var(--c{number})" for number, colour in enumerate(_SERIES)
-}
-CLEAN, ROBUST, LOSS, GREY, SENT = 0, 1, 2, 3, 4  # numbers of series colours with a fixed meaning
-_GROUPS = (0, 1, 2, 4, 5, 6, 7, 3)  # colours of layer groups, in order of appearance
+_SERIES = tuple(f"#0102{number:02x}" for number in range(5))
+SCALE = tuple(f"#0103{number:02x}" for number in range(8))  # from low to high, of a map
+_PAGE_COLOURS = (
+    {_TEXT: "var(--muted)", _GRID: "var(--line)"}
+    | {colour: f"var(--c{number})" for number, colour in enumerate(_SERIES)}
+    | {colour: f"var(--h{number})" for number, colour in enumerate(SCALE)}
+)
+CLEAN, ROBUST, LOSS, GREY, SENT = 0, 1, 2, 3, 4  # numbers of series colours
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text as text: small, selectable, in the page's font
     "text.parse_math": False,  # a dollar sign in a group's name is a dollar sign
     "font.size": 10,
@@ -82,24 +85,20 @@ class Series:
 
 
 def figures(phases: Sequence[Phase], restarts: Sequence[int]) -> list[Figure]:
-    """Every plot with at least one value. `restarts`: steps over all phases at which a restart resumed."""
+    """Every plot of curves with at least one value. `restarts`: steps over all phases at which a restart resumed."""
     try:
         import matplotlib
     except ImportError as error:
         raise ConfigError(
             "the report needs matplotlib, which is not installed: pip install 'distrobust[plots]'"
         ) from error
-    with matplotlib.rc_context(_STYLE):
-        drawn = [_figure(phases, restarts, **plot) for plot in _plots(phases)]
+    with matplotlib.rc_context(STYLE):
+        drawn = [_figure(phases, restarts, **plot) for plot in _plots()]
     return [figure for figure in drawn if figure is not None]
 
 
-def _plots(phases: Sequence[Phase]) -> list[dict[str, Any]]:
+def _plots() -> list[dict[str, Any]]:
     """The plots, in reading order."""
-    groups: dict[str, None] = {}
-    for phase in phases:
-        for record in phase.steps:
-            groups |= dict.fromkeys(record.get("layer_lr_ratio") or {})
     return [
         {
             "title": "Accuracy",
@@ -146,13 +145,6 @@ def _plots(phases: Sequence[Phase]) -> list[dict[str, Any]]:
             "caption": "Of the adversarial examples trained on, where 1 is the range of a pixel.",
             "series": [Series("eps", ROBUST, lambda record: record.get("eps") or None)],
             "bottom": 0,
-        },
-        {
-            "title": "Learning-rate ratio per layer group",
-            "caption": "What the gradient noise of a group makes of the scheduled rate.",
-            "series": [
-                Series(name, _GROUPS[number % len(_GROUPS)], _group(name)) for number, name in enumerate(groups)
-            ],
         },
         {
             "title": "Step time",
@@ -207,11 +199,11 @@ def _figure(
             _write_end(axes, points[-1], unit, _SERIES[one.colour])
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
-    _mark(axes, phases, restarts)
+    mark(axes, phases, restarts)
     _label(axes, unit, log)
     legend = [(one.label, _PAGE_COLOURS[_SERIES[one.colour]]) for one, _ in shown]
     words = (f"{one.label} from {points[0][1]:.3g} to {points[-1][1]:.3g}{unit}" for one, points in shown)
-    view, svg = _svg(canvas, title)
+    view, svg = drawing(canvas, title)
     return Figure(title, caption, legend if len(legend) > 1 else [], f"{title}: {', '.join(words)}", view, svg)
 
 
@@ -242,7 +234,7 @@ def _write_end(axes: "Axes", point: tuple[int, float], unit: str, colour: str) -
     axes.annotate(text, point, (0, 5), textcoords="offset points", ha="right", color=colour)
 
 
-def _mark(axes: "Axes", phases: Sequence[Phase], restarts: Sequence[int]) -> None:
+def mark(axes: "Axes", phases: Sequence[Phase], restarts: Sequence[int]) -> None:
     """Phase boundaries as solid lines with the phases' names on top, restarts as dotted lines."""
     end = max(phase.offset + phase.num_steps for phase in phases)
     axes.set_xlim(0, max(1.01 * end, 1))
@@ -258,6 +250,7 @@ def _mark(axes: "Axes", phases: Sequence[Phase], restarts: Sequence[int]) -> Non
 
 
 def _label(axes: "Axes", unit: str, log: bool) -> None:
+    """The numbers of both axes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if log:
@@ -266,23 +259,32 @@ def _label(axes: "Axes", unit: str, log: bool) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}{unit}"))
+    label_steps(axes)
+
+
+def label_steps(axes: "Axes") -> None:
+    """The numbers of a horizontal axis of steps."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("step")
 
 
-def _svg(canvas: Any, title: str) -> tuple[str, str]:
+def drawing(canvas: Any, title: str) -> tuple[str, str]:
     """The viewBox and the content of the drawing, without anything that refers to the outside."""
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title}):  # element ids: the same every time, no two plots alike
+    # element ids: the same every time, no two plots alike
+    with matplotlib.rc_context({"svg.hashsalt": title}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's font has it
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\s*", "", buffer.getvalue(), flags=re.DOTALL)
     found = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', text, flags=re.DOTALL)
     assert found is not None, "matplotlib wrote something that is not an SVG drawing"
     view, body = found.groups()
-    body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", body)
+    body = re.sub(r"'DejaVu Sans'[^;\"<]*", "var(--sans)", body)  # "<": a text that says so ends before its tag
     for placeholder, colour in _PAGE_COLOURS.items():
         body = body.replace(placeholder, colour)
     return view, body
@@ -294,10 +296,6 @@ def _get(name: str, factor: float = 1.0) -> Callable[[Record], float | None]:
         return None if found is None else factor * float(found)
 
     return value
-
-
-def _group(name: str) -> Callable[[Record], float | None]:
-    return lambda record: (record.get("layer_lr_ratio") or {}).get(name)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -18,7 +18,7 @@ MINIMAL: dict[str, Any] = {"data": {"path": "somewhere"}}
         ({"compress": {"densty": 0.1}}, "unknown key 'compress.densty'; did you mean 'density'"),
         (
             {"pretrain": {"schedule": {"speed": 1}}},
-            "unknown key 'pretrain.schedule.speed'; valid: name, peak, warmup, floor",
+            "unknown key 'pretrain.schedule.speed'; valid: name, peak, warmup, floor, tuned_for, scaling",
         ),
         ({"compress": {"density": 0}}, "compress.density: wanted greater than 0, got 0"),
         ({"compress": {"density": 1.5}}, "compress.density: wanted less than or equal to 1, got 1.5"),

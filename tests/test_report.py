@@ -1,6 +1,7 @@
 """The report page: self-contained, escaped, and never empty-handed."""
 
 import builtins
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ from distrobust.report import write_report
 from distrobust.report_story import tell
 
 EVIL = "<script>alert('&')</script>$x_$"  # the end is mathematics to matplotlib, and wrong
+RATIO, NOISE = "Learning-rate ratio per layer group", "Gradient noise per layer group"
 
 
 def step(phase: str, number: int, **changes: Any) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def step(phase: str, number: int, **changes: Any) -> dict[str, Any]:
         "loss": 2.0 - number / 200, "accuracy": 0.5, "lr": 0.1, "eps": 0.03, "density": 0.01,
         "sent_bytes": 1000 * number, "dense_bytes": 50_000 * number, "step_s": 0.2, "attack_s": 0.1, "hook_s": 0.01,
         "residual_norm_ratio": 5.0, "nonfinite_steps": 0, "layer_lr_ratio": {"stem": 1.0, "head": 0.8},
-        "samples": number,
+        "layer_noise": {"stem": 0.1, "head": 0.3}, "samples": number,
     }  # fmt: skip
     return record | changes
 
@@ -93,7 +95,7 @@ def test_the_page_is_well_formed_and_ids_are_unique(whole: str) -> None:
     parser = Balance()
     parser.feed(whole)
     assert parser.open == []
-    assert parser.tags.count("figure") == 9
+    assert parser.tags.count("figure") == 10
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', whole))
     ids = re.findall(r'\bid="([^"]+)"', whole)
     assert used
@@ -109,10 +111,11 @@ def test_the_headline_has_results_budget_seed_samples_and_bytes(whole: str) -> N
 
 def test_every_plot_is_there_and_described_in_words(whole: str) -> None:
     alts = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', whole)
-    titles = ["Accuracy", "Loss", "Bytes sent", "Density", "Learning rate", "Attack radius",
-              "Learning-rate ratio per layer group", "Step time", "Residual"]  # fmt: skip
+    titles = ["Accuracy", "Loss", "Bytes sent", "Density", "Learning rate", "Attack radius", "Step time",
+              "Residual", RATIO, NOISE]  # fmt: skip
     assert [alt.split(":")[0] for alt in alts] == titles
     assert alts[1] == "Loss: loss from 1.95 to 1.5"
+    assert alts[-1] == f"{NOISE}: stem from 0.1 to 0.1, head from 0.3 to 0.3"
 
 
 def test_drawings_take_every_colour_from_the_page(whole: str) -> None:
@@ -125,7 +128,10 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     records = [
         RUN | {"config": {EVIL: {"path": EVIL}}, "versions": {EVIL: EVIL}},
         {"event": "phase", "phase": EVIL, "num_steps": 100},
-        *(step(EVIL, number, layer_lr_ratio={EVIL: 1.0, "head": 0.5}) for number in (10, 20)),
+        *(
+            step(EVIL, number, layer_lr_ratio={EVIL: 1.0, "<b>": 0.5}, layer_noise={EVIL: 1.0, "<b>": 0.5})
+            for number in (10, 20)
+        ),
         *(row | {"model": EVIL, "attack": EVIL, "flags": [EVIL]} for row in EVALUATIONS),
         {"event": "notice", "text": EVIL},
         *phase("train"),
@@ -134,6 +140,14 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in text
     assert "<b>" not in text.replace("<b style", "")
     assert "&lt;script&gt;" in text
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    assert "\u5c42</text>" in page(tmp_path, [step("train", 1, layer_noise={"\u5c42": 1.0})])
+
+
+def test_a_text_that_names_the_drawings_font_ends_before_its_tag(tmp_path: Path) -> None:
+    Balance().feed(page(tmp_path, [*phase("'DejaVu Sans'"), *phase("train")]))
 
 
 @pytest.mark.parametrize(
@@ -149,13 +163,120 @@ def test_text_is_escaped(tmp_path: Path) -> None:
         EVALUATIONS[:1],
         EVALUATIONS[3:],
         [step("train", n, sent_bytes=0, dense_bytes=0, loss=None, density=None) for n in (10, 20)],
-        [step("train", n, layer_lr_ratio=None, residual_norm_ratio=None) for n in range(1, 400)],
+        [step("train", n, layer_lr_ratio=None, layer_noise=None, residual_norm_ratio=None) for n in range(1, 400)],
     ],
 )  # fmt: skip
 def test_a_partial_run_shows_what_there_is(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     text = page(tmp_path, records)
     Balance().feed(text)
     assert "not finished" in text
+
+
+Cell = tuple[float, float, int]  # left, right, number of the colour
+
+
+def groups(drawing: str) -> list[str]:
+    """The names beside the rows, from the top."""
+    names = re.findall(r'text-anchor: end; .*? y="([^"]+)".*?>([^<]*)</text>', drawing)
+    return [name for _, name in sorted(names, key=lambda place: float(place[0]))]
+
+
+def rows(drawing: str) -> list[list[Cell]]:
+    """The cells of every row, from the top."""
+    found: dict[float, list[Cell]] = {}
+    for row in re.findall(r'<g id="PolyCollection.*?</g>', drawing, flags=re.DOTALL):
+        for path, colour in re.findall(r'<path d="([^"]*)"[^>]*fill: var\(--h(\d)\)', row):
+            numbers = [float(number) for number in re.findall(r"[\d.]+", path)]
+            found.setdefault(min(numbers[1::2]), []).append((min(numbers[::2]), max(numbers[::2]), int(colour)))
+    return [found[top] for top in sorted(found)]
+
+
+def maps(directory: Path, records: list[dict[str, Any]]) -> dict[str, str]:
+    """The heat maps on the page, by title."""
+    found = re.findall(r'<svg [^>]*aria-label="([^:]*):.*?</svg>', page(directory, records), flags=re.DOTALL)
+    drawings = re.findall(r"<svg .*?</svg>", (directory / "report.html").read_text(), flags=re.DOTALL)
+    return {title: drawing for title, drawing in zip(found, drawings, strict=True) if title in (RATIO, NOISE)}
+
+
+def test_every_group_is_a_row_of_the_heat_map_in_order_of_appearance(tmp_path: Path) -> None:
+    names = ["stem", "layer1", "attention", "head"]
+    some = dict.fromkeys(["attention", "head"], 1.0)  # measured a step before the others
+    ratio = dict.fromkeys(names, 0.5)
+    first = step("train", 10, layer_lr_ratio=ratio, layer_noise=some)
+    drawings = maps(tmp_path, [first, step("train", 20, layer_lr_ratio=ratio, layer_noise=dict.fromkeys(names, 1.0))])
+    for title in (RATIO, NOISE):
+        assert groups(drawings[title]) == names
+        assert len(rows(drawings[title])) == len(names)
+
+
+def test_a_cell_has_the_colour_of_its_value(tmp_path: Path) -> None:
+    ratios = [0.05, 0.2, 0.3, 0.45, 0.55, 0.7, 0.8, 0.95]  # in eighths, from the lowest to the highest
+    records = [
+        step("train", 10 * number, layer_lr_ratio={"a": 1.0, "b": ratio}, layer_noise={"a": 0.0, "b": 1.5 * 2**number})
+        for number, ratio in enumerate(ratios, start=1)
+    ]
+    drawings = maps(tmp_path, records)
+    quiet, falling = rows(drawings[RATIO])
+    assert [colour for *_, colour in falling] == list(range(8))
+    assert [colour for *_, colour in quiet] == [7]
+    assert (quiet[0][0], quiet[0][1]) == (falling[0][0], falling[-1][1])
+    still, loud = rows(drawings[NOISE])  # equal factors, so that a doubling is a little more than one colour
+    assert [colour for *_, colour in loud] == list(range(8))
+    assert [colour for *_, colour in still] == [0]
+    labels = [re.findall(r"text-anchor: start[^>]*>([^<]*)</text>", drawings[title]) for title in (RATIO, NOISE)]
+    assert labels[0] == ["0", "0.125", "0.25", "0.375", "0.5", "0.625", "0.75", "0.875", "1"]
+    assert (labels[1][0], labels[1][-1]) == ("3", "380")
+
+
+def test_equal_noise_is_one_colour_and_not_a_range_of_its_own(tmp_path: Path) -> None:
+    records = [step("train", number, layer_noise={"a": 1.0 + number / 1000}) for number in range(1, 10)]
+    (row,) = rows(maps(tmp_path, records)[NOISE])
+    assert len(row) == 1
+
+
+def test_a_missing_value_leaves_a_gap(tmp_path: Path) -> None:
+    noise = {30: {"a": 1.0}, 40: {"a": 1.0, "b": math.nan}, 50: None, 60: {}}
+    both = {"a": 1.0, "b": 1.0}
+    drawings = maps(tmp_path, [step("train", n, layer_noise=noise.get(n, both)) for n in range(10, 101, 10)])
+    a, b = rows(drawings[NOISE])
+    column = (a[-1][1] - a[0][0]) / 10
+    assert len(a) == len(b) == 2
+    # coordinates are written with six decimals
+    assert a[1][0] - a[0][1] == pytest.approx(2 * column, abs=1e-4)
+    assert b[1][0] - b[0][1] == pytest.approx(4 * column, abs=1e-4)
+
+
+def test_many_records_are_averaged(tmp_path: Path) -> None:
+    ratios = {0: 0.2, 1: 0.9}  # 10 records a column
+    drawings = maps(tmp_path, [step("train", n, layer_lr_ratio={"a": ratios[n % 2]}) for n in range(1, 601)])
+    (row,) = rows(drawings[RATIO])
+    assert [colour for *_, colour in row] == [3]  # from 0.5 to 0.6
+
+
+def test_records_at_uneven_steps_leave_no_gap(tmp_path: Path) -> None:
+    """Columns of 40 steps, records up to 50 apart."""
+    steps = sorted({*range(50, 2401, 50), *range(60, 2401, 60)})
+    assert len(steps) > 60
+    (row,) = rows(maps(tmp_path, [step("train", n, layer_noise={"a": 1.0}) for n in steps])[NOISE])
+    assert len(row) == 1
+
+
+@pytest.mark.parametrize("ratio", [{}, None, {"stem": 1.0, "head": 1.0}, {"stem": math.nan}])
+def test_a_run_without_noise_has_no_heat_map(tmp_path: Path, ratio: dict[str, float] | None) -> None:
+    for noise in ({}, None):
+        records = [step("train", number, layer_lr_ratio=ratio, layer_noise=noise) for number in (10, 20)]
+        assert maps(tmp_path, records) == {}
+
+
+def test_light_and_dark_colours_of_a_heat_map_both_come_from_the_page(whole: str) -> None:
+    light, dark = (dict(re.findall(r"--(h\d): (#\w{6})", part)) for part in whole.split("prefers-color-scheme: dark"))
+    scale = {f"h{number}" for number in range(8)}
+    assert light.keys() == dark.keys() == scale
+    assert all(light[name] != dark[name] for name in scale)
+    drawings = re.findall(r"<svg .*?</svg>", whole, flags=re.DOTALL)
+    used = [set(re.findall(r"var\(--(h\d)\)", drawing)) for drawing in drawings]
+    assert used[-2:] == [scale, scale]
+    assert not any(used[:-2])
 
 
 def test_an_unfinished_run_shows_the_accuracy_of_its_newest_epoch(tmp_path: Path) -> None:

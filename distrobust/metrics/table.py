@@ -89,6 +89,8 @@ TABLE: tuple[Metric, ...] = (
            "Scheduled learning rate, before the ratio of each layer group."),
     Metric("distrobust_layer_lr_ratio", "gauge", "ratio", "step", "layer_lr_ratio", GROUP,
            "Mean learning rate of a layer group over the scheduled one."),
+    Metric("distrobust_layer_gradient_noise", "gauge", "", "step", "layer_noise", GROUP,
+           "Root mean square norm of the difference of two independent mean gradients, over a layer group."),
     Metric("distrobust_attack_eps_ratio", "gauge", "ratio", "step", "eps", PHASE,
            "Radius of the training attack, as a fraction of the pixel range."),
     Metric("distrobust_clean_accuracy_ratio", "gauge", "ratio", "epoch", "clean_accuracy", PHASE,

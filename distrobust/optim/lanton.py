@@ -10,8 +10,9 @@ the learning rate, b1 momentum, b2 beta2; norms and directions in norms.py, H in
     X <- (1 - eta r w) X - eta r O,    r = sqrt(a / a_max), w weight decay
 
 A parameter group is a group of the paper: one norm, one a_max. Differences from the paper: weight decay is decoupled
-and goes with the layer's own rate; U V^T by better coefficients; G~ may be measured as in noise.py; H of a layer
-whose gradients are missing stays.
+and goes with the layer's own rate; U V^T by better coefficients; G~ may be measured as in noise.py, and every fourth
+step, with b2^4 (a nuclear norm costs more than a direction: every step, 11 % of the step of a small GPT on a CPU); H of
+a layer whose gradients are missing stays.
 
 Every rank computes the same update only if its matrix products round the same: the same kind of processor and of torch
 on all of them, as with Muon.
@@ -42,6 +43,7 @@ class Lanton(Optimizer):
 
     lr: how far the quietest layer of a group moves, in its norm. momentum b1, beta2 b2, alpha: see the module. noise:
     "previous" (the paper's option 1), "independent" (option 2; see `keep_independent`) or "none" (ratios of 1).
+    noise_every: steps from one measurement of "previous" to the next; 1 is the paper's.
     Parameters may be of any floating dtype; momentum and noise are float32. Raises ConfigError for what has no norm.
     """
 
@@ -55,6 +57,7 @@ class Lanton(Optimizer):
         alpha: float = 0.1,
         weight_decay: float = 0.0,
         noise: str = "previous",
+        noise_every: int = 4,
         overrides: Mapping[str, str] | None = None,
     ) -> None:
         _check(lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -78,8 +81,10 @@ class Lanton(Optimizer):
                     )
                 named[name], by_name[name] = parameter, norm
         self.noise: Noise | None = None
-        if noise != "none":
-            self.noise = (TemporalNoise if noise == "previous" else IndependentNoise)(named, by_name, beta2)
+        if noise == "previous":
+            self.noise = TemporalNoise(named, by_name, beta2, noise_every)
+        elif noise == "independent":
+            self.noise = IndependentNoise(named, by_name, beta2)
         self._is_observed = False  # an exchange measures the noise, before it compresses
         self.ratios = {name: torch.ones(()) for name in named}
 
@@ -93,8 +98,8 @@ class Lanton(Optimizer):
                 "Lanton noise='independent' under compression: nobody knows the mean of the second gradient"
             )
         if self.noise is not None:
-            if num_ranks > 1 and always_dense:
-                self.noise = SpreadNoise(self.noise.parameters, self.noise.norms, self.noise.beta2)
+            kind = SpreadNoise if num_ranks > 1 and always_dense else TemporalNoise
+            self.noise = kind(self.noise.parameters, self.noise.norms, self.noise.beta2)
             log(f"Lanton: noise from {_SOURCES[type(self.noise), num_ranks > 1]}")
             self._is_observed = True
         return self.noise
@@ -168,7 +173,8 @@ class Lanton(Optimizer):
         return buffer
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "noise": None if self.noise is None else self.noise.state_dict()}
+        noise = None if self.noise is None else self.noise.state_dict()
+        return {**super().state_dict(), "noise": noise}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         noise = state_dict["noise"]

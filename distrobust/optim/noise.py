@@ -74,14 +74,14 @@ class Noise:
         """The step happens. rows: (num_ranks, numbers), what every rank observed (`is_local`), or all of the mean."""
         raise NotImplementedError
 
-    def take(self, squares: Mapping[str, Tensor]) -> None:
+    def take(self, squares: Mapping[str, Tensor], beta2: float) -> None:
         """Takes squared dual norms of differences into H; what is not finite says nothing."""
         if not squares:
             return
         places = torch.tensor([self._place[name] for name in squares], device=self.h.device)
         new = torch.stack([square.reshape(()) for square in squares.values()]).to(self.h)
         old = self.h[places]
-        averaged = torch.where(torch.isnan(old), new, self.beta2 * old + (1.0 - self.beta2) * new)
+        averaged = torch.where(torch.isnan(old), new, beta2 * old + (1.0 - beta2) * new)
         self.h[places] = torch.where(torch.isfinite(new), averaged, old)
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,10 +111,18 @@ class Noise:
 
 
 class TemporalNoise(Noise):
-    """Option 1: against the previous step's gradient. Keeps a copy of it, two while a step is under way."""
+    """Option 1: against the previous step's gradient. Keeps a copy of it, two while an exchange is under way.
 
-    def __init__(self, parameters: Mapping[str, Tensor], norms: Mapping[str, Norm], beta2: float) -> None:
+    every: `measure` does so in one of so many steps, and averages over as many: H <- b2^every H + (1 - b2^every) ...
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], norms: Mapping[str, Norm], beta2: float, every: int = 1
+    ) -> None:
         super().__init__(parameters, norms, beta2)
+        if every < 1:
+            raise ConfigError(f"noise_every: got {every}, wanted a number of steps, 1 or more")
+        self._every, self._since = every, 0
         self._previous: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}
         self._was_local: bool | None = None
@@ -134,16 +142,24 @@ class TemporalNoise(Noise):
         switched = self._was_local not in (None, is_local)
         self._was_local = is_local
         if not switched:
-            self.take({name: row.double().mean() / (len(row) if is_local else 1) for name, row in rows.items()})
+            squares = {name: row.double().mean() / (len(row) if is_local else 1) for name, row in rows.items()}
+            self.take(squares, self.beta2)
 
     def measure(self, gradients: Mapping[str, Tensor]) -> None:
         """All of a step's gradients at once, in their parameters' shapes, by an optimizer about to apply them."""
+        self._since += 1
+        if self._since >= self._every:
+            self._since = 0
+            self._compare(gradients)
+        if self._since == self._every - 1:
+            self.keep(gradients)
+
+    def _compare(self, gradients: Mapping[str, Tensor]) -> None:
         known = [name for name in gradients if name in self._previous]
         new = [gradients[name].detach().to(torch.float32) for name in known]
         if known:
             differences = torch._foreach_sub(new, [self._previous[name] for name in known])
-            self.take(self._squares(dict(zip(known, differences, strict=True))))
-        self.keep(gradients)
+            self.take(self._squares(dict(zip(known, differences, strict=True))), self.beta2**self._every)
 
     def keep(self, gradients: Mapping[str, Tensor]) -> None:
         """The gradients to compare the next ones with."""
@@ -154,12 +170,17 @@ class TemporalNoise(Noise):
                 self._previous[name] = gradient.detach().to(torch.float32, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "previous": dict(self._previous), "was_local": self._was_local}
+        return {
+            **super().state_dict(),
+            "previous": dict(self._previous),
+            "was_local": self._was_local,
+            "since": self._since,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._previous = {name: previous.clone() for name, previous in state["previous"].items()}
-        self._was_local = state["was_local"]
+        self._was_local, self._since = state["was_local"], state["since"]
         self._current = {}
 
 
@@ -199,7 +220,7 @@ class SpreadNoise(Noise):
             num_ranks = len(row)
             deviations = (row - row.mean(dim=0)).double().square() if is_local else row.double()
             squares[name] = 2.0 / num_ranks * deviations.sum() / (num_ranks - 1)
-        self.take(squares)
+        self.take(squares, self.beta2)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "step": self._step}

@@ -35,7 +35,16 @@ def check_alpha(alpha: float) -> None:
 
 def mean_by_layer(ratios: Mapping[str, float]) -> dict[str, float]:
     """Mean ratio by top-level module, the first part of the parameter's name: few enough to plot and to label."""
+    return {layer: sum(values) / len(values) for layer, values in _by_layer(ratios).items()}
+
+
+def norm_by_layer(noise: Mapping[str, float]) -> dict[str, float]:
+    """sqrt(sum of H) by top-level module: where H is of Frobenius norms, that of all its parameters as one vector."""
+    return {layer: math.sqrt(sum(values)) for layer, values in _by_layer(noise).items()}
+
+
+def _by_layer(values: Mapping[str, float]) -> dict[str, list[float]]:
     layers: dict[str, list[float]] = {}
-    for name, ratio in ratios.items():
-        layers.setdefault(name.split(".")[0], []).append(ratio)
-    return {layer: sum(values) / len(values) for layer, values in layers.items()}
+    for name, value in values.items():
+        layers.setdefault(name.split(".")[0], []).append(value)
+    return layers

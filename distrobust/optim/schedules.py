@@ -25,6 +25,7 @@ from typing import Literal, get_args
 from distrobust.errors import ConfigError
 
 Name = Literal["one_cycle", "slow_start_fast_decay", "cosine", "constant"]
+Rule = Literal["linear", "sqrt"]
 FAST_DECAY = math.log(100.0)  # k: the rate ends at a hundredth of its peak
 
 
@@ -68,6 +69,16 @@ class Schedule:
         if self.name == "slow_start_fast_decay":
             return self.peak * math.exp(-FAST_DECAY * v)
         return self.peak * (1.0 + math.cos(math.pi * v)) / 2.0
+
+
+def batch_factor(batch_size: int, tuned_for: int, rule: Rule) -> float:
+    """What a rate found at one global batch size is multiplied with at another.
+
+    Granziol, Zohren and Roberts, 2020 (arXiv 2006.09092): the largest stable rate of SGD grows linearly with the batch,
+    that of adaptive optimizers with its square root.
+    """
+    growth = batch_size / tuned_for
+    return growth if rule == "linear" else math.sqrt(growth)
 
 
 def ramp(u: float, share: float) -> float:

@@ -5,6 +5,7 @@ The process group exists already. Natural pre-training (optional), adversarial f
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import platform
@@ -29,7 +30,7 @@ from distrobust.errors import CommError, ConfigError, DataError, DistrobustError
 from distrobust.metrics import Fanout, Sink, jsonl
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
-from distrobust.optim.schedules import Schedule
+from distrobust.optim.schedules import Schedule, batch_factor
 from distrobust.train import checkpoint, loop, scoring
 from distrobust.train.checkpoint import Position
 from distrobust.train.modelfile import build_model, load_model_file, save_model_file
@@ -180,7 +181,7 @@ class _Job:
         settings: PhaseConfig | None = getattr(config, name)
         if settings is None:
             return None
-        schedule = Schedule(**settings.schedule.model_dump())
+        schedule = self._schedule(name, settings)
         try:
             num_steps = settings.epochs * train.num_steps(settings.batch_size)
         except ConfigError as error:
@@ -196,6 +197,18 @@ class _Job:
             channels_last=config.model.channels_last,
         )
         return loop.Phase(config, settings, recipe, train, held_out, self.directory, self._emit, self.stop_requested)
+
+    def _schedule(self, name: str, settings: PhaseConfig) -> Schedule:
+        """With the peak scaled to the batch size, if it was tuned for another."""
+        given = settings.schedule
+        schedule = Schedule(**given.model_dump(exclude={"tuned_for", "scaling"}))
+        if given.tuned_for is None or given.tuned_for == settings.batch_size:
+            return schedule
+        factor = batch_factor(settings.batch_size, given.tuned_for, given.scaling)
+        peak = schedule.peak * factor
+        text = f"batch size {settings.batch_size}, {given.tuned_for} when it was tuned ({given.scaling} scaling)"
+        self._emit({"event": "notice", "text": f"{name}: learning rate times {factor:.4g}, peak {peak:.4g}: {text}"})
+        return dataclasses.replace(schedule, peak=peak)
 
     def _state(self, net: nn.Module, position: Position, phase: loop.Phase) -> TrainState:
         tuning = position.phase == "train"

@@ -19,7 +19,7 @@ from distrobust.adversarial.threat import Threat
 from distrobust.config import Config, PhaseConfig
 from distrobust.data import Shard
 from distrobust.errors import DivergedError
-from distrobust.optim.rates import mean_by_layer
+from distrobust.optim.rates import mean_by_layer, norm_by_layer
 from distrobust.train import checkpoint, scoring
 from distrobust.train.rundir import RunDirectory
 from distrobust.train.state import TrainState
@@ -182,6 +182,7 @@ def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
             "residual_norm_ratio": compression.residual_norm_ratio(),
             "nonfinite_steps": compression.skipped_steps,
             "layer_lr_ratio": mean_by_layer(last.ratios),
+            "layer_noise": {} if state.adaptive is None else norm_by_layer(state.adaptive.noise.by_name()),
             "samples": state.samples,
         }
     )
@@ -220,3 +221,9 @@ def _score_epoch(state: TrainState, phase: Phase) -> None:
         robust = scored(EPOCH_ATTACK, threat, config.evaluate.held_out_images)
         record.update(robust_accuracy=robust.accuracy, attack=robust.attack, samples=robust.samples)
     phase.emit(record)
+    if state.accuracy_gradient is not None:
+        counts = "clean_accuracy" if phase.recipe.attack is None else "robust_accuracy"
+        if state.accuracy_gradient.update(record[counts]):
+            what = counts.replace("_", " ")
+            text = f"{what} no longer rises: learning rate times {state.accuracy_gradient.factor:g} from here on"
+            phase.emit({"event": "notice", "text": f"{state.position.phase}, epoch {record['epoch']}: {text}"})

@@ -15,6 +15,7 @@ from distrobust.comm.resize import resize
 from distrobust.comm.state import Compression
 from distrobust.comm.transport import Transport
 from distrobust.config import CompressConfig, NoiseConfig, PhaseConfig
+from distrobust.optim.accuracy_gradient import AccuracyGradient
 from distrobust.optim.adaptive import NoiseAdaptive
 from distrobust.train.checkpoint import Loaded, Position
 
@@ -29,6 +30,7 @@ class TrainState:
     optimizer: torch.optim.SGD
     compression: Compression
     adaptive: NoiseAdaptive | None  # around `optimizer`
+    accuracy_gradient: AccuracyGradient | None
     samples: int = 0
 
     def shared(self) -> dict[str, Any]:
@@ -36,6 +38,7 @@ class TrainState:
         return {
             "parameters": {name: p.detach() for name, p in self.net.named_parameters()},
             "optimizer": self.optimizer.state_dict(),
+            "accuracy_gradient": None if self.accuracy_gradient is None else self.accuracy_gradient.state_dict(),
             "samples": self.samples,
         }
 
@@ -64,6 +67,8 @@ class TrainState:
         self.optimizer.load_state_dict(loaded.shared["optimizer"])
         if self.adaptive is not None:
             self.adaptive.noise.load_state_dict(own["noise"])
+        if self.accuracy_gradient is not None:
+            self.accuracy_gradient.load_state_dict(loaded.shared["accuracy_gradient"])
         self.samples = loaded.shared["samples"]
         self.position = loaded.position
 
@@ -97,7 +102,8 @@ def make_state(
         **chosen.model_dump(exclude={"density"}),
         transport=None if chosen.exchange in ("auto", "hierarchical") else transport,
     )
-    return TrainState(position, net, ddp, optimizer, compression, adaptive)
+    controller = AccuracyGradient(**phase.accuracy_gradient.model_dump()) if phase.accuracy_gradient else None
+    return TrainState(position, net, ddp, optimizer, compression, adaptive, controller)
 
 
 def _wrap(net: nn.Module, transport: Transport, device: torch.device) -> DistributedDataParallel:

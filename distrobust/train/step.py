@@ -14,6 +14,7 @@ from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.threat import Threat
 from distrobust.config import AttackConfig, PhaseConfig
 from distrobust.data import crop_and_flip
+from distrobust.optim.injection import add_noise_
 from distrobust.optim.schedules import Schedule, ramp
 from distrobust.train.randomness import generator_at, seed_of
 from distrobust.train.state import TrainState
@@ -84,8 +85,14 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         raise
 
     rate = recipe.schedule.at(step / recipe.num_steps)
+    if state.accuracy_gradient is not None:
+        rate = state.accuracy_gradient.rate(rate)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
+    if recipe.phase.gradient_noise is not None:
+        shared = generator_at(images.device, recipe.seed, ordinal, step)  # the same on every rank
+        gradients = [p.grad for p in state.net.parameters() if p.grad is not None]
+        add_noise_(gradients, step, recipe.phase.gradient_noise, shared)
     if state.compression.skipped:
         torch._foreach_copy_(list(state.net.buffers()), kept)
     (state.adaptive or state.optimizer).step()

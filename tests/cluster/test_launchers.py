@@ -31,7 +31,7 @@ def job_file(tmp_path: Path) -> Path:
         "cluster": {"workers": 2, "timeout_s": 30},
         "data": {"path": str(write_stripes(tmp_path / "data", num_train=320)), "held_out": 0.2},
         "model": {"name": "cnn"},
-        "train": {"epochs": 2, "batch_size": 32},
+        "train": {"epochs": 2, "batch_size": 32, "gradient_noise": 1e-6},
         "attack": {"name": "pgd", "steps": 2, "eps": 0.05, "ramp": 0.5},
         "compress": {"density": 0.02, "warmup": 0.1},
         "noise": {},

@@ -25,7 +25,7 @@ def step(number: int = 10, **changes: Any) -> dict[str, Any]:
         "event": "step", "time": 1e9, "phase": "train", "step": number, "epoch": 0.1, "loss": 1.5, "accuracy": 0.4,
         "lr": 0.1, "eps": 8 / 255, "density": 0.001, "sent_bytes": 10 * number, "dense_bytes": 1000 * number,
         "step_s": 0.2, "attack_s": 0.08, "hook_s": 0.02, "residual_norm_ratio": 7.0, "nonfinite_steps": 0,
-        "layer_lr_ratio": {"stem": 0.9, "head": 1.1}, "samples": 64 * number,
+        "layer_lr_ratio": {"stem": 0.9, "head": 1.1}, "layer_noise": {"stem": 2.5, "head": 0.4}, "samples": 64 * number,
     }  # fmt: skip
     return record | changes
 
@@ -84,6 +84,7 @@ def test_a_scrape_shows_the_values_of_the_records_with_their_labels(exporter: Ex
     assert value(values, "distrobust_train_loss", phase="train", **who) == 1.5
     assert value(values, "distrobust_robust_accuracy_ratio", phase="train", attack="PGD", **who) == 0.3
     assert value(values, "distrobust_layer_lr_ratio", group="head", **who) == 1.1
+    assert value(values, "distrobust_layer_gradient_noise", phase="train", group="stem", **who) == 2.5
     assert value(values, "distrobust_evaluation_accuracy_low_ratio", model="fine-tuned", **who) == 0.2
     assert value(values, "distrobust_step_seconds_count", **who) == 1
     assert value(values, "distrobust_step_seconds_sum", **who) == 0.2
@@ -132,6 +133,13 @@ def test_values_that_are_missing_or_not_finite_spoil_no_sum(exporter: Exporter) 
     assert value(values, "distrobust_comm_sent_bytes_total") == 100
     assert value(values, "distrobust_comm_residual_norm_ratio") == 7.0
     assert math.isnan(value(values, "distrobust_train_loss"))
+
+
+def test_without_noise_no_group_is_served(exporter: Exporter) -> None:
+    exporter.write(step(layer_lr_ratio={}, layer_noise={}))
+    names = {name for name, _ in scrape(exporter)}
+    assert "distrobust_train_loss" in names
+    assert not {"distrobust_layer_lr_ratio", "distrobust_layer_gradient_noise"} & names
 
 
 def test_unknown_events_and_fields_are_ignored(exporter: Exporter) -> None:

@@ -20,6 +20,7 @@ OPERATIONS = {  # what dashboards have been promised
     "distrobust_clean_accuracy_ratio",
     "distrobust_robust_accuracy_ratio",
     "distrobust_layer_lr_ratio",
+    "distrobust_layer_gradient_noise",
     "distrobust_checkpoint_seconds",
     "distrobust_worker_restarts_total",
     "distrobust_last_step_timestamp_seconds",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distrobust.errors import ConfigError
 from distrobust.optim.lanton import Lanton
 from distrobust.optim.noise import SpreadNoise, TemporalNoise
+from distrobust.optim.norms import dual_norms
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -40,12 +41,29 @@ def parameters(net: nn.Module) -> list[Tensor]:
 def test_the_quietest_of_each_group_moves_at_the_full_rate() -> None:
     net = model()
     optimizer = Lanton(net, 0.01, alpha=1e-6)
-    train(net, optimizer, range(4))
+    train(net, optimizer, range(8))
     for group in optimizer.param_groups:
         ratios = [float(optimizer.ratios[name]) for name in group["names"]]
         assert max(ratios) == 1.0
         assert all(0.0 < ratio <= 1.0 for ratio in ratios)
     assert min(float(r) for r in optimizer.ratios.values()) < 0.9
+
+
+def test_measuring_every_few_steps_averages_over_as_many_steps() -> None:
+    """Steps 4 and 8 of 8 are compared with those before: H = b2^4 H + (1 - b2^4) ||G - G_before||_*^2."""
+    net = model()
+    optimizer = Lanton(net, 0.0, beta2=0.9, noise_every=4)
+    gradients = []
+    for step in range(8):
+        optimizer.zero_grad()
+        backward(net, step)
+        gradients.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+        optimizer.step()
+    assert optimizer.noise is not None
+    for name, h in optimizer.noise.by_name().items():
+        norm = optimizer.noise.norms[name]
+        first, second = (float(dual_norms(norm, [gradients[i][name] - gradients[i - 1][name]])[0]) ** 2 for i in (3, 7))
+        assert h == pytest.approx(0.9**4 * first + (1 - 0.9**4) * second, rel=1e-4)
 
 
 def test_without_noise_all_layers_move_at_the_full_rate() -> None:
@@ -60,7 +78,7 @@ def test_updates_do_not_depend_on_the_scale_of_the_loss_far_below_the_noise() ->
     nets = model(), model()
     for net, scale in zip(nets, (1.0, 1024.0), strict=True):
         optimizer = Lanton(net, 0.01, alpha=1e-9)
-        for step in range(4):
+        for step in range(6):
             optimizer.zero_grad()
             backward(net, step, scale)
             optimizer.step()
@@ -71,13 +89,13 @@ def test_updates_do_not_depend_on_the_scale_of_the_loss_far_below_the_noise() ->
 def test_a_loaded_state_continues_bit_identically() -> None:
     whole, first = model(), model()
     one, two = Lanton(whole, alpha=1e-6), Lanton(first, alpha=1e-6)
-    train(whole, one, range(6))
-    train(first, two, range(3))
+    train(whole, one, range(10))
+    train(first, two, range(7))
     second = model(seed=5)
     second.load_state_dict(first.state_dict())
     three = Lanton(second, alpha=1e-6)
     three.load_state_dict(copy.deepcopy(two.state_dict()))
-    train(second, three, range(3, 6))
+    train(second, three, range(7, 10))
     assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(second), strict=True))
 
 
@@ -100,7 +118,7 @@ def test_a_compiled_step_is_the_same_step() -> None:
     nets = model(), model()
     plain, compiled = (Lanton(net, alpha=1e-6) for net in nets)
     step = torch.compile(compiled.step, backend="aot_eager", fullgraph=True)
-    for number in range(3):
+    for number in range(9):  # every kind of step twice
         for net in nets:
             net.zero_grad()
             backward(net, number)
@@ -178,6 +196,7 @@ def test_in_an_exchange_it_measures_the_spread_if_the_mean_is_known_and_nothing_
         ({"weight_decay": math.nan}, "Lanton weight_decay: got nan"),
         ({"alpha": 0.0}, "noise.alpha: got 0.0, wanted a finite number above 0"),
         ({"beta2": 1.0}, "noise.beta2: got 1.0"),
+        ({"noise_every": 0}, "noise_every: got 0, wanted a number of steps, 1 or more"),
         ({"noise": "temporal"}, "Lanton noise: got 'temporal', wanted one of previous, independent, none"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrobust.errors import ConfigError
-from distrobust.optim.rates import check_alpha, mean_by_layer, rate_ratios
+from distrobust.optim.rates import check_alpha, mean_by_layer, norm_by_layer, rate_ratios
 
 noises = st.lists(st.floats(0, 1e12), min_size=1, max_size=8)
 alphas = st.floats(1e-3, 1e3)
@@ -77,3 +77,15 @@ def test_mean_by_layer_averages_over_the_first_part_of_the_name() -> None:
     assert set(means) == {"conv", "head"}
     assert math.isclose(means["conv"], 0.6)
     assert means["head"] == 1.0
+
+
+def test_norm_by_layer_is_the_norm_of_all_parameters_of_the_layer_as_one() -> None:
+    """H of a Frobenius norm is a sum over coordinates, so however a layer is cut into parameters."""
+    differences = {"conv.0.weight": [3.0, 4.0], "conv.1.weight": [12.0], "head": [2.0]}
+    norms = norm_by_layer({name: math.hypot(*values) ** 2 for name, values in differences.items()})
+    assert list(norms) == ["conv", "head"]
+    assert norms == pytest.approx({"conv": 13.0, "head": 2.0}, rel=1e-12)
+
+
+def test_nothing_measured_is_nothing_by_layer() -> None:
+    assert norm_by_layer({}) == mean_by_layer({}) == {}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrobust.errors import ConfigError
-from distrobust.optim.schedules import Schedule, ramp
+from distrobust.optim.schedules import Schedule, batch_factor, ramp
 
 NAMES = ["one_cycle", "slow_start_fast_decay", "cosine", "constant"]
 share = st.floats(0.0, 1.0)
@@ -103,3 +103,10 @@ def test_progress_outside_the_run_is_a_programming_error(u: float) -> None:
         Schedule().at(u)
     with pytest.raises(ValueError, match="progress"):
         ramp(u, 0.5)
+
+
+def test_a_rate_grows_with_the_batch_or_with_its_root() -> None:
+    assert batch_factor(1024, 256, "linear") == 4.0
+    assert batch_factor(1024, 256, "sqrt") == 2.0
+    assert batch_factor(64, 256, "linear") == 0.25
+    assert batch_factor(256, 256, "sqrt") == batch_factor(256, 256, "linear") == 1.0

@@ -69,7 +69,7 @@ def test_trajectories_follow_the_paper(norm: str) -> None:
     expected, expected_ratios = reference(start, gradients, norm)
     parameters = [nn.Parameter(torch.tensor(one, dtype=torch.float32)) for one in start]
     groups: list[dict[str, Any]] = [{"params": parameters, "norm": norm}]
-    optimizer = Lanton(groups, LR, momentum=B1, beta2=B2, alpha=ALPHA, weight_decay=DECAY)
+    optimizer = Lanton(groups, LR, momentum=B1, beta2=B2, alpha=ALPHA, weight_decay=DECAY, noise_every=1)
     for g in gradients:
         for parameter, one in zip(parameters, g, strict=True):
             parameter.grad = torch.tensor(one, dtype=torch.float32)

@@ -17,7 +17,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": set(),
     "optim": set(),
     "comm": {"compression"},
-    "report": {"metrics", "report_plots", "report_story"},
+    "report": {"metrics", "report_heatmap", "report_plots", "report_story"},
+    "report_heatmap": {"report_plots", "report_story"},
     "report_plots": {"metrics", "report_story"},
     "report_story": {"metrics"},
     "train": {"adversarial", "comm", "compression", "config", "data", "metrics", "models", "optim"},
@@ -25,12 +26,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"comm", "compression", "config", "models"},
     "cli": {"bench", "cluster", "config", "data", "metrics", "report", "train"},
     "__main__": {"cli"},
-    "__init__": {"comm"},  # lazily, in its functions
+    "__init__": {"comm", "optim"},  # lazily, in its functions
 }
 LIBRARIES = {  # the only rooms that may import them, at any depth of the code
     "ray": {"cluster"},
     "prometheus_client": {"metrics"},
-    "matplotlib": {"bench", "report_plots"},
+    "matplotlib": {"bench", "report_heatmap", "report_plots"},
     "sklearn": {"data"},
     "foolbox": {"adversarial"},
     "click": {"cli"},

@@ -1,5 +1,6 @@
 """The whole job in one process: what it leaves behind, and that stopping it changes nothing."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(
     assert _run(config).status == "done"
     _assert_equal(_weights(config), _weights(whole))
     last = [[r for r in _records(c, "step") if r["phase"] == "train"][-1] for c in (config, whole)]
-    for key in ("sent_bytes", "dense_bytes", "loss", "layer_lr_ratio", "residual_norm_ratio", "samples"):
+    for key in ("sent_bytes", "dense_bytes", "loss", "layer_lr_ratio", "layer_noise", "residual_norm_ratio", "samples"):
         assert last[0][key] == last[1][key], key
 
 
@@ -246,11 +247,57 @@ def test_noise_changes_the_step_sizes(make_config: MakeConfig) -> None:
     )
     _run(on)
     _run(off)
-    ratios = _records(on, "step")[-1]["layer_lr_ratio"]
-    assert ratios.keys() == {"stem", "layer1", "layer2", "head"}
+    last = _records(on, "step")[-1]
+    ratios, noise = last["layer_lr_ratio"], last["layer_noise"]
+    assert ratios.keys() == noise.keys() == {"stem", "layer1", "layer2", "head"}
+    assert all(value > 0 for value in noise.values())
+    assert _records(off, "step")[-1]["layer_noise"] == {}
     assert all(0 < ratio <= 1 for ratio in ratios.values())
     assert min(ratios.values()) < 0.9
     assert not torch.equal(_weights(on)["head.weight"], _weights(off)["head.weight"])
+
+
+def test_gradient_noise_is_added_and_repeats_with_the_seed(make_config: MakeConfig) -> None:
+    weights = []
+    for number, eta in enumerate(("1e-4", "1e-4", "null")):
+        config = make_config(f"train.gradient_noise={eta}", f"run.dir={make_config().run.dir}-{number}")
+        _run(config)
+        weights.append(_weights(config)["head.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
+def test_a_peak_tuned_for_another_batch_size_is_scaled_and_the_factor_said(
+    make_config: MakeConfig, scaling: str, factor: float
+) -> None:
+    config = make_config(
+        "train.schedule={name: constant, peak: 0.01, tuned_for: 8, scaling: " + scaling + "}", "pretrain=null"
+    )
+    _run(config)
+    assert {record["lr"] for record in _records(config, "step")} == {0.01 * factor}
+    [notice] = _records(config, "notice")
+    wanted = f"train: learning rate times {factor:g}, peak {0.01 * factor:g}: batch size 32, 8 when it was tuned"
+    assert notice["text"].startswith(wanted)
+
+
+def test_the_rate_falls_when_robust_accuracy_no_longer_rises(make_config: MakeConfig) -> None:
+    """A threshold no rise can reach: cut after every epoch but the first."""
+    config = make_config(
+        "train.schedule={name: constant, peak: 0.01}",
+        "train.accuracy_gradient={window: 1, patience: 1, threshold: 0.99, factor: 0.5}",
+        "train.epochs=4",
+    )
+    _run(config)
+    epochs = [r["step"] for r in _records(config, "epoch") if r["phase"] == "train"]
+    by_epoch = [
+        {r["lr"] for r in _records(config, "step") if r["phase"] == "train" and first < r["step"] <= last}
+        for first, last in itertools.pairwise([0, *epochs])
+    ]
+    assert by_epoch == [{0.01}, {0.01}, {0.005}, {0.0025}]
+    texts = [r["text"] for r in _records(config, "notice")]
+    assert len(texts) == 3
+    assert all("robust accuracy no longer rises: learning rate times 0.5" in text for text in texts)
 
 
 def test_one_rank_sends_nothing(make_config: MakeConfig) -> None:
