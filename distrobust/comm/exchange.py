@@ -69,7 +69,6 @@ def sharded(settings: Settings, step: Step, bucket: Bucket, verdict: Verdict) ->
     except CodecError as error:
         damaged = error
     layouts = [local.layout(cut.space.k, owner, hop=1) for owner, cut in enumerate(local.cuts)]
-    no_flags, no_side = torch.ones(len(bucket.parts), dtype=torch.bool, device=received.device), received.new_zeros(0)
     if damaged is not None:
         reply = message.pack_status(layouts[rank], message.DAMAGED, received.device)
     elif not mean.finite:
@@ -79,7 +78,8 @@ def sharded(settings: Settings, step: Step, bucket: Bucket, verdict: Verdict) ->
             if one.indices.numel():
                 line.add(own, one.indices, one.values)
         payload = _encode_owned(settings, own, num_ranks) if own.pieces else None
-        reply = message.pack(layouts[rank], no_flags, no_side.to(torch.float32), payload)
+        nothing = received.new_zeros(0)
+        reply = message.pack(layouts[rank], message.header(nothing.bool(), nothing.float()), payload)
     received = yield AllGather(_rows([reply], max(layout.num_bytes for layout in layouts))[0])
     if damaged is not None:
         raise damaged

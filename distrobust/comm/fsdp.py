@@ -173,7 +173,7 @@ class ShardedCompression:
                 payload, indices, sent = codec.encode(indices, accumulated[indices], layout.space, self.code)
                 _remove(layer, indices, sent)
             empty = torch.zeros(0, device=gradient.device)
-            packed = message.pack(layout, empty.bool(), empty, payload)
+            packed = message.pack(layout, message.header(empty.bool(), empty), payload)
         else:
             packed = message.pack_status(layout, message.NON_FINITE, gradient.device)
         received = self.machines.gather_rows(packed)

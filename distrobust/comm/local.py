@@ -33,7 +33,7 @@ class LocalHalf:
         self.cuts = self._cut(self._join() if fused_size else None)
         self.layouts = [self.layout(0 if i == owned else cut.space.k, i) for i, cut in enumerate(self.cuts)]
         if verdict.finite:
-            self.messages = [self._message(number, used, side) for number in range(num_cuts)]
+            self.messages = self._messages(used, side)
         else:
             device = bucket.flat.device
             self.messages = [message.pack_status(layout, message.NON_FINITE, device) for layout in self.layouts]
@@ -41,8 +41,8 @@ class LocalHalf:
     def layout(self, k: int, owner: int, hop: int = 0) -> Layout:
         """Of a message with k coordinates of the `owner`-th cut."""
         space = self.cuts[owner].space if k else codec.Space(self.cuts[owner].space.n, ())
-        num_side = 0 if hop else self.num_side
-        return Layout(space, self.settings.code, len(self.bucket.parts), num_side, self.step.number, hop)
+        num_parameters, num_side = (0, 0) if hop else (len(self.bucket.parts), self.num_side)
+        return Layout(space, self.settings.code, num_parameters, num_side, self.step.number, hop)
 
     def headers(self, decoded: list[Message]) -> Mean:
         """What the headers of all ranks' messages say."""
@@ -101,24 +101,26 @@ class LocalHalf:
         units = line.units_of(large, self.bucket.flat.numel(), joined)
         return line.cut(units, self.size, self.num_cuts, self.step.density)
 
-    def _message(self, number: int, used: Tensor, side: Tensor) -> Tensor:
-        layout = self.layouts[number]
-        if not layout.space.k:
-            return message.pack(layout, used, side, None)
-        payload, places, sent = self._encode(self.cuts[number], number)
-        self.decoded[number] = Message(0, used, side, places, sent)
-        return message.pack(layout, used, side, payload)
+    def _messages(self, used: Tensor, side: Tensor) -> list[Tensor]:
+        """Codes what was selected in every cut and removes what receivers will decode, which is `decoded`."""
+        header = message.header(used, side)
+        full = [number for number, layout in enumerate(self.layouts) if layout.space.k]
+        selected = [(*self._selected(number), self.cuts[number].space) for number in full]
+        payloads: dict[int, Tensor] = {}
+        for number, (payload, places, sent) in zip(full, codec.encode_all(selected, self.settings.code), strict=True):
+            line.remove_sent(self.cuts[number], places, sent)
+            self.decoded[number] = Message(0, used, side, places, sent)
+            payloads[number] = payload
+        return [message.pack(layout, header, payloads.get(number)) for number, layout in enumerate(self.layouts)]
 
-    def _encode(self, cut: Cut, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes what was selected in a cut and removes what receivers will decode, which is returned too."""
+    def _selected(self, number: int) -> tuple[Tensor, Tensor]:
+        """Places and values of what was selected in a cut."""
+        cut = self.cuts[number]
         selected = [
             self._chosen[unit.part.name, number] if unit.part is not None else select_in(self.settings, unit, piece)
             for unit, piece in cut.pieces
         ]
-        places, values = line.join(cut, selected)
-        payload, places, sent = codec.encode(places, values, cut.space, self.settings.code)
-        line.remove_sent(cut, places, sent)
-        return payload, places, sent
+        return line.join(cut, selected)
 
 
 def select_in(settings: Settings, unit: Unit, piece: Piece) -> Selected:

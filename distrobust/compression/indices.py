@@ -45,9 +45,15 @@ def _low_bits(n: int, k: int) -> int:
     return max(0, (n // k).bit_length() - 1)
 
 
-def _elias_fano_num_bytes(n: int, k: int) -> int:
+def elias_fano_plan(n: int, k: int) -> tuple[int, int]:
+    """Low bits of an index, and bytes of the unary part."""
     low = _low_bits(n, k)
-    return bits.num_bytes(k + (n >> low) + 1) + bits.packed_bytes(k, low)
+    return low, bits.num_bytes(k + (n >> low) + 1)
+
+
+def _elias_fano_num_bytes(n: int, k: int) -> int:
+    low, unary = elias_fano_plan(n, k)
+    return unary + bits.packed_bytes(k, low)
 
 
 def _elias_fano_encode(indices: Tensor, n: int, k: int) -> Tensor:

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from distrobust.compression import bits, codec
+from distrobust.compression import bits, codec, native
 from distrobust.compression.codec import Code, Space
 from distrobust.errors import CodecError
 
@@ -34,7 +34,7 @@ class Layout:
 
     space: Space
     code: Code
-    num_parameters: int  # bits for "had a gradient"
+    num_parameters: int  # bits for "had a gradient"; none in a second hop
     num_side: int = 0  # float32 side values, averaged over ranks by the receiver
     step: int = 0
     hop: int = 0  # of an exchange with several
@@ -65,20 +65,24 @@ class Message:
     values: Tensor  # (k,) float32
 
 
-def pack(layout: Layout, used: Tensor, side: Tensor, payload: Tensor | None) -> Tensor:
-    """One flat uint8 tensor of layout.num_bytes bytes. used (num_parameters,) bool, side (num_side,) float32."""
-    flags = torch.zeros(8 * bits.num_bytes(layout.num_parameters), dtype=torch.uint8, device=used.device)
-    flags[: layout.num_parameters] = used
-    status = torch.zeros(1, dtype=torch.uint8, device=used.device)
-    body = [status, bits.pack_bits(flags), side.to(torch.float32).view(torch.uint8)]
-    return _seal(layout, torch.cat(body if payload is None else [*body, payload]))
+def header(used: Tensor, side: Tensor) -> Tensor:
+    """What comes before the payload, without its checksum. used (num_parameters,) bool, side (num_side,) float32."""
+    flags = torch.zeros(8 * bits.num_bytes(used.numel()), dtype=torch.uint8, device=used.device)
+    flags[: used.numel()] = used
+    nothing = torch.zeros(_CHECKSUM_BYTES + 1, dtype=torch.uint8, device=used.device)  # and status 0
+    return torch.cat([nothing, bits.pack_bits(flags), side.to(torch.float32).view(torch.uint8)])
+
+
+def pack(layout: Layout, header: Tensor, payload: Tensor | None) -> Tensor:
+    """One flat uint8 tensor of layout.num_bytes bytes."""
+    return _sealed(layout, header.clone() if payload is None else torch.cat([header, payload]))
 
 
 def pack_status(layout: Layout, status: int, device: torch.device) -> Tensor:
     """A message of the same length that only says why it has nothing to say."""
-    body = torch.zeros(layout.num_bytes - _CHECKSUM_BYTES, dtype=torch.uint8, device=device)
-    body[0] = status
-    return _seal(layout, body)
+    message = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
+    message[_CHECKSUM_BYTES] = status
+    return _sealed(layout, message)
 
 
 def unpack(layout: Layout, message: Tensor) -> Message:
@@ -86,8 +90,11 @@ def unpack(layout: Layout, message: Tensor) -> Message:
     check(layout, message)
     body = message[_CHECKSUM_BYTES:]
     at = 1 + bits.num_bytes(layout.num_parameters)
-    used = bits.unpack_bits(body[1:at])[: layout.num_parameters].bool()
-    side = body[at : at + 4 * layout.num_side].clone().view(torch.float32)
+    used, side = body.new_zeros(0, dtype=torch.bool), body.new_zeros(0, dtype=torch.float32)
+    if layout.num_parameters:
+        used = bits.unpack_bits(body[1:at])[: layout.num_parameters].bool()
+    if layout.num_side:
+        side = body[at : at + 4 * layout.num_side].clone().view(torch.float32)
     at += 4 * layout.num_side
     status = int(body[0])
     if status or not layout.space.k:
@@ -100,12 +107,21 @@ def check(layout: Layout, message: Tensor) -> None:
     """Raises CodecError if the message is damaged."""
     if message.numel() != layout.num_bytes:
         raise CodecError(f"message of {message.numel()} bytes, expected {layout.num_bytes}")
-    if not torch.equal(message[:_CHECKSUM_BYTES], _checksum(layout, message[_CHECKSUM_BYTES:])):
+    if native.takes(message):
+        is_whole = native.verify(message, layout.seed)
+    else:
+        is_whole = torch.equal(message[:_CHECKSUM_BYTES], _checksum(layout, message[_CHECKSUM_BYTES:]))
+    if not is_whole:
         raise CodecError("checksum does not match: the message is corrupted, or comes from another step or layout")
 
 
-def _seal(layout: Layout, body: Tensor) -> Tensor:
-    return torch.cat([_checksum(layout, body), body])
+def _sealed(layout: Layout, message: Tensor) -> Tensor:
+    """`message`, which is changed, with its checksum."""
+    if native.takes(message):
+        native.seal(message, layout.seed)
+    else:
+        message[:_CHECKSUM_BYTES] = _checksum(layout, message[_CHECKSUM_BYTES:])
+    return message
 
 
 def _checksum(layout: Layout, body: Tensor) -> Tensor:

@@ -36,6 +36,20 @@ TYPICAL = {
 
 
 @dataclass(frozen=True)
+class Leveled:
+    """What is particular to a code of a sign and 2^(width - 1) levels.
+
+    fit(values, sizes, planned): the blocks' scales (blocks,) bfloat16, the tables (fitted blocks, levels) float16 of
+    those that have one, and all levels (blocks, levels) float32, in units of a block's scale.
+    """
+
+    width: int
+    typical: Tensor  # (levels,) float32, of blocks without a table
+    fitted: Callable[[Sequence[int]], list[int]]  # the blocks that have a table
+    fit: Callable[[Tensor, Sequence[int], Sequence[int]], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class ValueCode:
     """A code for k float32 values in blocks.
 
@@ -48,6 +62,7 @@ class ValueCode:
     num_bytes: Callable[[Sequence[int]], int]
     encode: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
     decode: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
+    leveled: Leveled | None = None
 
 
 def _cast(name: str, dtype: torch.dtype) -> ValueCode:
@@ -201,13 +216,16 @@ def _leveled(name: str, width: int) -> ValueCode:
             levels[torch.tensor(chosen, device=tables.device)] = tables.to(torch.float32).view(-1, num_levels)
         return levels
 
-    def encode(values: Tensor, sizes: Sequence[int], planned: Sequence[int]) -> Tensor:
+    def fit(values: Tensor, sizes: Sequence[int], planned: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         scales = _scales(_means(values.abs(), sizes))
         chosen = fitted(planned)
-        tables = torch.zeros(0, dtype=torch.float16, device=values.device)
+        tables = torch.zeros((0, num_levels), dtype=torch.float16, device=values.device)
         if chosen:
             tables = _tables(values, scales, sizes, chosen, num_levels)
-        levels = all_levels(tables, chosen, len(sizes))
+        return scales, tables, all_levels(tables, chosen, len(sizes))
+
+    def encode(values: Tensor, sizes: Sequence[int], planned: Sequence[int]) -> Tensor:
+        scales, tables, levels = fit(values, sizes, planned)
         middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
         head = [scales.view(torch.uint8), tables.view(-1).view(torch.uint8)]
         return torch.cat([*head, bits.pack(_numbers(values, sizes, scales.to(torch.float32), middles), width)])
@@ -224,7 +242,13 @@ def _leveled(name: str, width: int) -> ValueCode:
         signed = torch.stack([levels, -levels], dim=2).clamp(-LARGEST, LARGEST)  # the lowest bit is the sign
         return _looked_up(numbers, sizes, signed.view(len(sizes), 2 * num_levels))
 
-    return ValueCode(name, num_bytes, encode, decode)
+    return ValueCode(
+        name,
+        num_bytes,
+        encode,
+        decode,
+        Leveled(width, torch.tensor(TYPICAL[num_levels], dtype=torch.float32, device="cpu"), fitted, fit),
+    )
 
 
 VALUE_CODES: dict[str, ValueCode] = {

@@ -93,7 +93,7 @@ def test_a_message_made_on_a_gpu_is_read_on_a_cpu(values: torch.Tensor) -> None:
     layout = Layout(SPACE, Code(VALUE_CODES["fp16"], INDEX_CODES["rice"]), num_parameters=3, num_side=2)
     payload, kept, sent = encode(where.cuda(), values[where].cuda(), SPACE, layout.code)
     used = torch.tensor([True, False, True], device="cuda")
-    packed = message.pack(layout, used, torch.tensor([0.5, 2.0], device="cuda"), payload)
+    packed = message.pack(layout, message.header(used, torch.tensor([0.5, 2.0], device="cuda")), payload)
     read = message.unpack(layout, packed.cpu())
     assert read.used.tolist() == [True, False, True]
     assert read.side.tolist() == [0.5, 2.0]

@@ -45,14 +45,14 @@ def make(layout: Layout, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor,
     space = layout.space
     if not space.k:
         nothing = torch.zeros(0, dtype=torch.int64)
-        return message.pack(layout, used, side, None), used, side, nothing, nothing.float()
+        return message.pack(layout, message.header(used, side), None), used, side, nothing, nothing.float()
     ends = [*space.starts[1:], space.n]
     pieces = [
         torch.randperm(end - start, generator=g)[:k].sort().values + start
         for start, end, k in zip(space.starts, ends, space.counts, strict=True)
     ]
     payload, indices, sent = codec.encode(torch.cat(pieces), torch.randn(space.k, generator=g), space, layout.code)
-    return message.pack(layout, used, side, payload), used, side, indices, sent
+    return message.pack(layout, message.header(used, side), payload), used, side, indices, sent
 
 
 @given(layouts, seeds)
@@ -170,7 +170,7 @@ def test_a_message_of_another_layout_of_equal_length_is_refused() -> None:
 def test_side_values_may_be_nan() -> None:
     """The first step has no noise estimate: NaN travels as it is and does not damage the message."""
     layout = Layout(Space(10, ()), Code(VALUE_CODES["fp16"]), 2, 2)
-    packed = message.pack(layout, torch.ones(2, dtype=torch.bool), torch.tensor([math.nan, 1.0]), None)
+    packed = message.pack(layout, message.header(torch.ones(2, dtype=torch.bool), torch.tensor([math.nan, 1.0])), None)
     unpacked = message.unpack(layout, packed)
     assert math.isnan(unpacked.side[0])
     assert unpacked.side[1] == 1.0

@@ -148,6 +148,48 @@ def look_up(numbers: Tensor, sizes: Tensor, tables: Tensor) -> Tensor:
     return out
 
 
+def encode(
+    indices: Tensor, values: Tensor, low: int, unary: int, sizes: Tensor, width: int, fitted: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """codec.encode for Elias-Fano and leveled values. fitted: (scales float32, levels, heads and tables as bytes)."""
+    k = indices.numel()
+    scales, levels, heads, tables = fitted
+    size = unary + (k + 7) // 8 * (low + width) + heads.numel() + tables.numel()
+    out, sent = _new(size, torch.uint8), _new(k)
+    blocks, num_levels = levels.shape
+    head = (heads, heads.numel(), tables, tables.numel())
+    _call("encode", indices, k, low, unary, values, sizes, blocks, scales, levels, num_levels, width, *head, out, sent)
+    return out, sent
+
+
+def decode(
+    payload: Tensor,
+    n: int,
+    k: int,
+    low: int,
+    unary: int,
+    blocks: tuple[Tensor, Tensor],
+    width: int,
+    fitted_from: int,
+    typical: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """codec.decode for Elias-Fano and leveled values; blocks: (starts, planned). None if something is wrong."""
+    indices, values = _new(k + 1, torch.int64), _new(k)
+    starts, planned = blocks
+    layout = (n, k, low, unary, starts, planned, planned.numel(), width, fitted_from, typical)
+    return None if _call("decode", payload, *layout, indices, values) else (indices[:k], values)
+
+
+def seal(message: Tensor, seed: int) -> None:
+    """Writes the checksum of all other bytes into the first four."""
+    _call("seal", message, message.numel(), seed)
+
+
+def verify(message: Tensor, seed: int) -> bool:
+    """Whether the first four bytes are the checksum of all others."""
+    return bool(_call("verify", message, message.numel(), seed))
+
+
 def lloyd(ordered: Tensor, sums: Tensor, levels: Tensor, rounds: int) -> Tensor:
     """`values._lloyd`"""
     levels = levels.contiguous().clone()

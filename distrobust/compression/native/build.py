@@ -30,8 +30,12 @@ SIGNATURES: dict[str, str] = {
     "numbers": "flnffnl",
     "look_up": "llnfnf",
     "lloyd": "fdnnfnn",
+    "encode": "lnnnflnffnnbnbnbf",
+    "decode": "bnnnnllnnnflf",
+    "seal": "bnn",
+    "verify": "bnn",
 }
-_RETURNING = ("accumulate", "marked")  # an int64_t; the others nothing
+_RETURNING = ("accumulate", "marked", "decode", "verify")  # an int64_t; the others nothing
 
 
 @functools.cache
