@@ -4,12 +4,13 @@ On a CPU the pass goes block by block through the second-level cache: u, v, g (a
 and magnitudes and comparisons never reach memory. numpy rather than torch, whose calls cost more on blocks of this
 size; where there is a C compiler, native/ does the same in less time (record benchmarks/results/local_part.json).
 
-The threshold is a guess: a little below that of the last step, or below where it is falling to. Too low costs time, too
+The threshold is a guess: a little below where that of the last step is going. Too low costs time, too
 high is noticed (fewer than k candidates) and the selector does the work; the result is the same k largest always.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -22,7 +23,9 @@ from distrobust.compression import memory, native, select
 from distrobust.compression.memory import Residual
 
 BLOCK = 1 << 17  # elements: four arrays of half a MiB
-MARGIN = 0.9  # of the last threshold
+MARGIN = 0.9  # of the last threshold, as it has been growing or falling
+MOST = 1.08  # growth that is expected to go on: with the margin, below the last threshold still
+SMALL = 1 << 16  # elements, of which the k largest are found by counting, without looking for candidates first
 FEW = 16  # candidates per coordinate wanted, beyond which the guess was too low to be of use
 
 
@@ -56,7 +59,7 @@ def accumulate_and_select(
             return None
         return [select_piece(residual.next_v, piece, selector) for piece in pieces]
     num = sum(piece.k for piece in pieces)
-    threshold = residual.threshold * min(1.0, residual.growth) * MARGIN if selector == "sampled" else 0.0
+    threshold = residual.threshold * min(MOST, residual.growth) * MARGIN if selector == "sampled" else 0.0
     room = FEW * max(64, num)
     compiled = native.takes_pass(residual, gradient, weight)
     one_pass, largest = (native.accumulate, native.select) if compiled else (blocked_pass, _largest)
@@ -97,8 +100,22 @@ def _largest(places: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor, floa
 
 def select_piece(next_v: Tensor, piece: Piece, selector: str) -> Selected:
     """The k largest of next_v[piece.start : piece.stop]."""
-    indices = select.SELECTORS[selector](next_v[piece.start : piece.stop], piece.k) + piece.start
+    within = next_v[piece.start : piece.stop]
+    if within.numel() <= SMALL and native.takes(within):
+        indices, values, _ = native.select(_places(within.numel()), within, piece.k)
+        return Selected(indices.add_(piece.start), values)
+    indices = select.SELECTORS[selector](within, piece.k) + piece.start
     return Selected(indices, next_v.index_select(0, indices))
+
+
+@functools.cache
+def _first_places() -> Tensor:
+    return torch.arange(SMALL, dtype=torch.int32, device="cpu")
+
+
+def _places(n: int) -> Tensor:
+    """0 to n, at most SMALL."""
+    return _first_places()[:n]
 
 
 def blocked_pass(

@@ -11,16 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.payloads import block_lists, joined, kinds, values_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from distrobust.comm.bucket import Mean
-from distrobust.compression import accumulate, bits, native, select
+from distrobust.compression import accumulate, bits, codec, message, native, select
 from distrobust.compression.accumulate import Piece
+from distrobust.compression.codec import Code, Space
 from distrobust.compression.memory import Residual, Rule, remove_sent
+from distrobust.compression.message import Layout
 from distrobust.compression.native import build
 from distrobust.compression.values import VALUE_CODES
+from distrobust.errors import CodecError
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 CPUINFO = Path("/proc/cpuinfo")
@@ -216,6 +220,80 @@ def test_values_are_coded_and_decoded_as_by_torch(library: None, sizes: list[int
     assert torch.equal(coded, expected)
     decoded, expected = both(lambda: code.decode(coded, sizes, sizes))
     assert torch.equal(decoded, expected)
+
+
+@needs_compiler
+@each_library
+@pytest.mark.parametrize("name", ["4bit", "2bit", "sign", "fp16"])
+@given(st.lists(block_lists(), min_size=1, max_size=3), kinds)
+def test_payloads_are_made_and_read_as_by_torch(
+    library: None, name: str, cases: list[tuple[list[tuple[int, Tensor]], int]], kind: str
+) -> None:
+    """Several at once, whatever the values: subnormal, huge, zero. And what is not a payload is refused by both."""
+    code = Code(VALUE_CODES[name])
+    parts = []
+    for blocks, seed in cases:
+        space, chosen = joined(blocks)
+        parts.append((chosen, values_of(kind, space.k, seed), space))
+    ours, theirs = both(lambda: codec.encode_all(parts, code))
+    for (payload, places, sent), (expected, _, expected_sent), (_, _, space) in zip(ours, theirs, parts, strict=True):
+        assert torch.equal(payload, expected)
+        assert torch.equal(sent, expected_sent)
+        read, expected_read = both(lambda p=payload, s=space: codec.decode(p, s, code))
+        assert torch.equal(read[0], places)
+        assert torch.equal(read[0], expected_read[0])
+        assert torch.equal(read[1], expected_read[1])
+
+
+@needs_compiler
+@each_library
+@given(block_lists(), SEEDS, st.sampled_from(["4bit", "sign"]))
+def test_noise_is_read_or_refused_as_by_torch(
+    library: None, case: tuple[list[tuple[int, Tensor]], int], seed: int, name: str
+) -> None:
+    """Mostly noise with few bits set, or a payload with some flipped, so that many come close to being one."""
+    space, chosen = joined(case[0])
+    code = Code(VALUE_CODES[name])
+    payload = codec.encode(chosen, torch.ones(space.k), space, code)[0]
+    rng = np.random.default_rng(seed)
+    flips = rng.integers(0, 256, len(payload)) * (rng.random(len(payload)) < rng.choice([0.02, 0.3]))
+    noise = payload ^ torch.from_numpy(flips.astype(np.uint8))
+
+    def read() -> tuple[list[int], list[float]] | str:
+        try:
+            indices, values = codec.decode(noise, space, code)
+        except CodecError as error:
+            return str(error)
+        return indices.tolist(), values.view(torch.int32).tolist()  # NaN compares by its bits
+
+    ours, theirs = both(read)
+    assert ours == theirs
+
+
+@needs_compiler
+@each_library
+@given(st.integers(0, 40), SEEDS)
+def test_messages_are_sealed_and_verified_as_by_torch(library: None, k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    space = Space(k, ()) if not k else Space(4 * k, (k,))
+    layout = Layout(space, Code(VALUE_CODES["fp32"]), int(rng.integers(0, 30)), int(rng.integers(0, 5)), step=seed)
+    used = torch.from_numpy(rng.random(layout.num_parameters) < 0.5)
+    side = torch.tensor(rng.standard_normal(layout.num_side).tolist(), dtype=torch.float32)
+    payload = codec.encode(torch.arange(k), torch.ones(k), space, layout.code)[0] if k else None
+    ours, theirs = both(lambda: message.pack(layout, message.header(used, side), payload))
+    assert torch.equal(ours, theirs)
+    both(lambda: message.check(layout, ours))
+    damaged = ours.clone()
+    damaged[int(rng.integers(len(ours)))] ^= 1 << int(rng.integers(8))
+
+    def is_refused() -> bool:
+        try:
+            message.check(layout, damaged)
+        except CodecError:
+            return True
+        return False
+
+    assert both(is_refused) == (True, True)
 
 
 @needs_compiler
