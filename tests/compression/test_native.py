@@ -23,7 +23,7 @@ from distrobust.compression.codec import Code, Space
 from distrobust.compression.memory import Residual, Rule, remove_sent
 from distrobust.compression.message import Layout
 from distrobust.compression.native import build
-from distrobust.compression.values import VALUE_CODES
+from distrobust.compression.values import LARGEST, VALUE_CODES
 from distrobust.errors import CodecError
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -243,6 +243,16 @@ def test_payloads_are_made_and_read_as_by_torch(
         assert torch.equal(read[0], places)
         assert torch.equal(read[0], expected_read[0])
         assert torch.equal(read[1], expected_read[1])
+
+
+@needs_compiler
+def test_a_level_beyond_what_float32_holds_is_its_largest_number(library: None) -> None:
+    """Mean 1.7e38, level 2.04 of it."""
+    part = (torch.arange(2), torch.tensor([-3.4e38, 1e30]), Space(2, (2,)))
+    ours, theirs = both(lambda: codec.encode(*part, Code(VALUE_CODES["4bit"])))
+    assert torch.equal(ours[2], theirs[2])
+    assert float(ours[2][0]) == -LARGEST
+    assert torch.equal(codec.decode(ours[0], part[2], Code(VALUE_CODES["4bit"]))[1], ours[2])
 
 
 @needs_compiler
