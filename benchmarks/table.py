@@ -35,16 +35,33 @@ def cifar10(name: str = "cifar10") -> list[str]:
     return lines
 
 
-def accuracy(task: str, name: str = "accuracy") -> list[str]:
-    """The rows of one task in the accuracy record: N workers inside one process."""
+KEYS = {"clean", "pgd20"}
+EXAMPLES = {"n_fgsm": "N-FGSM", "pgd7": "PGD-7"}
+
+
+def accuracy(*tasks: str, name: str = "accuracy") -> list[str]:
+    """The rows of some tasks in the accuracy record: N workers inside one process. Intervals from three seeds on."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
-    rows = [row for row in record["rows"] if row["task"] == task]
+    rows = [row for task in tasks for row in record["rows"] if row["task"] == task]
     robust = any("pgd20" in row for row in rows)
-    head = ["method", "epochs", "workers", "clean", *(["PGD-20 8/255"] if robust else []), "times fewer bytes", "seeds"]
+    head = [
+        *(["examples"] if robust else []),
+        "method",
+        "epochs",
+        "workers",
+        "clean",
+        *(["PGD-20 8/255"] if robust else []),
+        "times fewer bytes",
+        "seeds",
+    ]
     lines = [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
     for row in rows:
-        cells = [row["method"], str(row["epochs"]), str(row["workers"]), _percent(row["clean"])]
-        cells += [_percent(row["pgd20"])] if robust else []
+        digits = {
+            key: {**row[key], "half_width_95": None} if len(row["runs"]) < 3 else row[key] for key in KEYS & {*row}
+        }
+        cells = [EXAMPLES[row["task"]]] if robust else []
+        cells += [row["method"], str(row["epochs"]), str(row["workers"]), _percent(digits["clean"])]
+        cells += [_percent(digits["pgd20"])] if robust else []
         cells += [f"{row['fewer_bytes']:.1f}", str(len(row["runs"]))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -71,4 +88,4 @@ def _percent(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join([*accuracy("n_fgsm"), "", *accuracy("natural"), "", *step(), "", *cifar10()]))
+    print("\n".join([*accuracy("n_fgsm", "pgd7"), "", *accuracy("natural"), "", *step(), "", *cifar10()]))
