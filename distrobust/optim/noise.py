@@ -88,6 +88,7 @@ class Noise:
         return {"h": dict(zip(self.names, self.h.tolist(), strict=True))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Also of another estimator, which a run with one worker had: H is the same quantity."""
         known = state["h"]
         self.h.copy_(torch.tensor([known.get(name, math.nan) for name in self.names], dtype=torch.float64))
 
@@ -179,8 +180,8 @@ class TemporalNoise(Noise):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._previous = {name: previous.clone() for name, previous in state["previous"].items()}
-        self._was_local, self._since = state["was_local"], state["since"]
+        self._previous = {name: previous.clone() for name, previous in state.get("previous", {}).items()}
+        self._was_local, self._since = state.get("was_local"), state.get("since", 0)
         self._current = {}
 
 
@@ -227,4 +228,4 @@ class SpreadNoise(Noise):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._step = state["step"]
+        self._step = state.get("step", 0)

@@ -206,6 +206,19 @@ def test_a_loaded_state_continues_bit_identically(kind: type[Noise]) -> None:
     assert second.by_name() == whole.by_name()
 
 
+def test_h_survives_a_change_of_the_number_of_workers_and_so_of_the_estimator() -> None:
+    one, several = temporal(), spread()
+    one.take({"w": torch.tensor(3.0)}, 0.9)
+    several.load_state_dict(one.state_dict())
+    assert several.by_name() == {"w": 3.0}
+    several.commit({"w": torch.stack([several.observe("w", gradient(seed)) for seed in range(2)])}, is_local=True)
+    again = temporal()
+    again.load_state_dict(several.state_dict())
+    assert again.by_name() == several.by_name() != {"w": 3.0}
+    see(again, gradient(0))  # nothing to compare with yet
+    assert again.by_name() == several.by_name()
+
+
 def test_what_was_not_measured_is_missing() -> None:
     net = nn.Linear(3, 2)
     noise = TemporalNoise(dict(net.named_parameters()), {"weight": "spectral", "bias": "rms"}, 0.9)
