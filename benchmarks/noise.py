@@ -146,7 +146,7 @@ def train(task: Task, name: str, rate: float, seed: int, steps: int, compressed:
     options = COMPRESSED if compressed else {}
     observers = []
     if isinstance(optimizer, NoiseAdaptive | Lanton) and (compressed or name != "LANTON"):
-        observer = optimizer.observer_for(NUM_WORKERS, always_dense=not compressed)
+        observer = optimizer.observer_for(NUM_WORKERS, not compressed, dict(net.named_parameters()))
         if observer is not None:
             observers = [observer, *(copy.deepcopy(observer) for _ in range(NUM_WORKERS - 1))]
     rule = Rule(momentum=0.9 if method.residual else 0.0, masking=method.residual)

@@ -109,7 +109,7 @@ def attach(
     _refuse_combinations(chosen, step_ahead, adaptive is not None, clip)
     observer: Observer | None = None
     if adaptive is not None:
-        observer = adaptive.observer_for(chosen.transport.num_ranks, always_dense=density == 1.0)
+        observer = adaptive.observer_for(chosen.transport.num_ranks, density == 1.0, parameters)
     if transport is None or transport.num_ranks > 1:
         _log.info("compress: exchange %s (%s)", chosen.exchange, chosen.reason)
     settings = Settings(

@@ -229,7 +229,7 @@ class Compression:
                 else:  # DDP will drop the answer for a parameter nobody used: leave it in the residual
                     here.zero_()
         if self.settings.observer is not None:
-            rows = {name: row for _, mean in results for name, row in mean.side.items()}
+            rows = {name: row for _, mean in results for name, row in mean.side.items() if mean.used[name]}
             self.settings.observer.commit(rows, results[0][1].side_is_local)
 
     def _split_fused(self, current: _Pass, last: Mean) -> dict[str, Tensor]:

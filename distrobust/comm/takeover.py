@@ -29,8 +29,11 @@ class NoiseAdaptive(Protocol):
 
     ratios: Mapping[str, Any]  # of the last step, by parameter
 
-    def observer_for(self, num_ranks: int, always_dense: bool) -> Observer | None:
-        """What is to be called on every gradient. The optimizer measures nothing by itself from here on."""
+    def observer_for(self, num_ranks: int, always_dense: bool, parameters: Mapping[str, Parameter]) -> Observer | None:
+        """What is to be called on every gradient of `parameters`, whose names here the optimizer takes on.
+
+        It measures nothing by itself any more.
+        """
         ...
 
 

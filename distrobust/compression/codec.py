@@ -65,6 +65,10 @@ def encode_all(parts: list[tuple[Tensor, Tensor, Space]], code: Code) -> list[tu
         or not native.takes(*(t for p in parts for t in p[:2]))
     ):
         return [_encode(*part, code) for part in parts]
+    for indices, values, space in parts:
+        _check_blocks(space)
+        if not indices.numel() == values.numel() == space.k:
+            raise ValueError(f"{indices.numel()} indices and {values.numel()} values for a space of {space.k}")
     counts = [space.counts for _, _, space in parts]
     sizes = [size for one in counts for size in one]
     scales, tables, levels = leveled.fit(torch.cat([values for _, values, _ in parts]), sizes, sizes)
@@ -111,6 +115,7 @@ def decode(payload: Tensor, space: Space, code: Code) -> tuple[Tensor, Tensor]:
         )
     leveled = code.values.leveled
     if leveled is not None and code.indices.name == "elias_fano" and native.takes(payload):
+        _check_blocks(space)
         blocks = (torch.tensor(space.starts, device="cpu"), torch.tensor(space.counts, device="cpu"))
         plan = elias_fano_plan(space.n, space.k)
         found = native.decode(payload, space.n, space.k, *plan, blocks, leveled.width, FITTED_FROM, leveled.typical)
@@ -122,6 +127,12 @@ def decode(payload: Tensor, space: Space, code: Code) -> tuple[Tensor, Tensor]:
     if any(size > count for size, count in zip(sizes, space.counts, strict=True)):
         raise CodecError(f"blocks of {sizes} values, expected at most {list(space.counts)}")
     return indices, code.values.decode(payload[split:], sizes, space.counts)
+
+
+def _check_blocks(space: Space) -> None:
+    """C takes it on trust that every block has a start."""
+    if len(space.counts) != len(space.starts):
+        raise ValueError(f"a space of {len(space.counts)} blocks with {len(space.starts)} starts")
 
 
 def _sizes(indices: Tensor, space: Space) -> list[int]:

@@ -35,7 +35,7 @@ class Layout:
     space: Space
     code: Code
     num_parameters: int  # bits for "had a gradient"; none in a second hop
-    num_side: int = 0  # float32 side values, averaged over ranks by the receiver
+    num_side: int = 0  # float32 side values
     step: int = 0
     hop: int = 0  # of an exchange with several
 

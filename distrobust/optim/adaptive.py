@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from distrobust.errors import ConfigError
-from distrobust.optim.groups import log, refuse_unservable
+from distrobust.errors import CheckpointError, ConfigError
+from distrobust.optim.groups import dense_gradients, log, refuse_unservable
 from distrobust.optim.noise import Noise, SpreadNoise, TemporalNoise
 from distrobust.optim.rates import check_alpha, rate_ratios
 
@@ -47,36 +47,57 @@ class NoiseAdaptive(Optimizer):
         self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         parameters = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ConfigError("NoiseAdaptive: the model has no parameter that is trained")
         for name, parameter in parameters.items():
             refuse_unservable(name, parameter)
         self.alpha = alpha
         self._names = {parameter: name for name, parameter in parameters.items()}
-        self._refuse_strangers()
+        self._refuse_strangers(inner)
         labels = {name: "matrix" if p.ndim > 1 else "vector" for name, p in parameters.items()} | dict(groups or {})
         if unknown := sorted(set(labels) - set(parameters)):
             raise ConfigError(f"NoiseAdaptive groups: {unknown[0]!r} is no parameter of the model that is trained")
-        numbers = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
+        self._labels = {parameter: labels[name] for parameter, name in self._names.items()}
         self.noise: Noise = TemporalNoise(parameters, dict.fromkeys(parameters, "frobenius"), beta2)
-        self._groups = torch.tensor([numbers[labels[name]] for name in parameters], device=self.noise.h.device)
         self._is_observed = False
-        self.ratios = dict.fromkeys(parameters, 1.0)
+        self._refresh()
+        super().__setstate__({})  # torch's hooks; its own __init__ would want parameters
 
-    def observer_for(self, num_ranks: int, always_dense: bool) -> Noise:
-        """What an exchange shall call on every gradient; from here on `step` measures nothing by itself."""
+    def observer_for(self, num_ranks: int, always_dense: bool, parameters: Mapping[str, Tensor]) -> Noise:
+        """What an exchange shall call on every gradient of `parameters`; from here on `step` measures no more.
+
+        The optimizer takes on the exchange's names and keeps what it measured so far.
+        """
+        kind = SpreadNoise if num_ranks > 1 else TemporalNoise
+        noise = kind(parameters, dict.fromkeys(parameters, "frobenius"), self.noise.beta2)
+        noise.continue_from(self.noise)
+        how = "successive gradients, since there is one worker"
         if num_ranks > 1:
-            self.noise = SpreadNoise(self.noise.parameters, self.noise.norms, self.noise.beta2)
             how = "the spread of workers' gradients" + ("" if always_dense else ", by projections where it is sparse")
-        else:
-            how = "successive gradients, since there is one worker"
         log(f"NoiseAdaptive: noise from {how}")
-        self._is_observed = True
-        return self.noise
+        self._names |= {p: name for name, p in parameters.items() if p in self._names}
+        self.noise, self._is_observed = noise, True
+        self._refresh()
+        return noise
+
+    def load_noise(self, state: Mapping[str, Any]) -> None:
+        """The noise of a `state_dict()`, without the inner optimizers."""
+        self.noise.load_state_dict(state)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """The ratios, from the noise as it is known now."""
+        labels = [self._labels.get(parameter, "") for parameter in self.noise.parameters.values()]
+        numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        groups = torch.tensor([numbers[label] for label in labels], device=self.noise.h.device)
+        ratios = rate_ratios(self.noise.h, groups, self.alpha).tolist()
+        self.ratios: dict[str, float] = dict(zip(self.noise.names, ratios, strict=True))
 
     def rate_of(self, parameter: Tensor) -> float:
         """The rate the next step will take for a parameter, at the group's present rate."""
         for group in self.param_groups:
             if any(parameter is one for one in group["params"]):
-                return float(group["lr"]) * self.ratios.get(self._names[parameter], 1.0)
+                return float(group["lr"]) * self._ratio_of(parameter)
         raise KeyError("not a parameter of this optimizer")
 
     @torch.no_grad()
@@ -86,9 +107,8 @@ class NoiseAdaptive(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if isinstance(self.noise, TemporalNoise) and not self._is_observed:
-            self.noise.measure({name: p.grad for p, name in self._names.items() if p.grad is not None})
-        ratios = rate_ratios(self.noise.h, self._groups, self.alpha).tolist()
-        self.ratios = dict(zip(self.noise.names, ratios, strict=True))
+            self.noise.measure(dense_gradients({n: p for p, n in self._names.items()}, "NoiseAdaptive"))
+        self._refresh()
         for optimizer in self.optimizers:
             self._step_with_ratios(optimizer)
         return loss
@@ -98,7 +118,7 @@ class NoiseAdaptive(Optimizer):
         split: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for group in own:
             for i, parameter in enumerate(group["params"]):
-                alone = {**group, "params": [parameter], "lr": group["lr"] * self.ratios[self._names[parameter]]}
+                alone = {**group, "params": [parameter], "lr": group["lr"] * self._ratio_of(parameter)}
                 if "param_names" in group:
                     alone["param_names"] = [group["param_names"][i]]
                 split.append((group, alone))
@@ -119,14 +139,19 @@ class NoiseAdaptive(Optimizer):
                     "single layers would be lost; let a scheduler do that between steps, on the NoiseAdaptive optimizer"
                 )
 
-    def _refuse_strangers(self) -> None:
+    def _ratio_of(self, parameter: Tensor) -> float:
+        """1 for a parameter that is frozen, or not exchanged."""
+        return self.ratios.get(self._names.get(parameter, ""), 1.0)
+
+    def _refuse_strangers(self, model: nn.Module) -> None:
+        known = set(model.parameters())
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if parameter not in self._names:
+                    if parameter not in known:
                         raise ConfigError(
                             f"NoiseAdaptive: {type(optimizer).__name__} holds a parameter of shape "
-                            f"{tuple(parameter.shape)} that the model does not, or does not train; pass its own model"
+                            f"{tuple(parameter.shape)} that the model does not; pass the optimizer's own model"
                         )
 
     @property
@@ -152,6 +177,11 @@ class NoiseAdaptive(Optimizer):
         return {"optimizers": [one.state_dict() for one in self.optimizers], "noise": self.noise.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if "optimizers" not in state_dict:
+            raise CheckpointError("this is not the state of a NoiseAdaptive optimizer: it holds no 'optimizers'")
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self.noise.load_state_dict(state_dict["noise"])
+        self.load_noise(state_dict["noise"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()

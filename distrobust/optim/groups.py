@@ -16,7 +16,8 @@ import fnmatch
 import logging
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from distrobust.errors import ConfigError
 from distrobust.optim.norms import NORMS, Norm
@@ -38,6 +39,8 @@ def norms_of(model: nn.Module, overrides: Mapping[str, str] | None = None) -> di
     Raises ConfigError for a pattern that matches nothing, an unknown norm, and a parameter no norm can serve.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ConfigError("the model has no parameter that is trained; wanted at least one with requires_grad")
     signs = _signs(model)
     norms: dict[str, Norm] = {}
     for name, parameter in parameters.items():
@@ -77,6 +80,21 @@ def refuse_unservable(name: str, parameter: nn.Parameter) -> None:
         raise ConfigError(f"{where} has no dimension, so no norm and no direction; give it the shape (1,)")
     if parameter.numel() == 0:
         raise ConfigError(f"{where} is empty; leave it out of the optimizer")
+
+
+def dense_gradients(parameters: Mapping[str, Tensor], who: str) -> dict[str, Tensor]:
+    """name -> gradient of those that have one; raises ConfigError for a sparse one."""
+    found = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            continue
+        if parameter.grad.layout is not torch.strided:
+            raise ConfigError(
+                f"{who}: the gradient of {name!r} is {parameter.grad.layout}, wanted a dense one; make the embedding "
+                "with sparse=False"
+            )
+        found[name] = parameter.grad
+    return found
 
 
 def _signs(model: nn.Module) -> set[str]:

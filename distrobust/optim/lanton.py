@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from distrobust.errors import ConfigError
+from distrobust.errors import CheckpointError, ConfigError
 from distrobust.optim import norms
-from distrobust.optim.groups import describe, log, norms_of, refuse_unservable
+from distrobust.optim.groups import dense_gradients, describe, log, norms_of, refuse_unservable
 from distrobust.optim.noise import IndependentNoise, Noise, SpreadNoise, TemporalNoise
 from distrobust.optim.rates import check_alpha, rate_ratios
 
@@ -66,11 +67,12 @@ class Lanton(Optimizer):
             raise ConfigError(f"Lanton noise: got {noise!r}, wanted one of {', '.join(NOISES)}")
         defaults = {"lr": lr, "momentum": momentum, "alpha": alpha, "weight_decay": weight_decay, "norm": None}
         super().__init__(_groups_of(params, overrides) if isinstance(params, nn.Module) else params, defaults)
+        self._names: list[list[str]] = []  # beside the groups, not in them: a checkpoint may use others
         named: dict[str, Tensor] = {}
         by_name: dict[str, norms.Norm] = {}
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-            group["names"] = names
+            self._names.append(list(names))
             for name, parameter in zip(names, group["params"], strict=True):
                 refuse_unservable(name, parameter)
                 norm = group["norm"]
@@ -86,23 +88,37 @@ class Lanton(Optimizer):
         elif noise == "independent":
             self.noise = IndependentNoise(named, by_name, beta2)
         self._is_observed = False  # an exchange measures the noise, before it compresses
-        self.ratios = {name: torch.ones(()) for name in named}
 
-    def observer_for(self, num_ranks: int, always_dense: bool) -> Noise | None:
-        """What an exchange shall call on every gradient; from here on `step` measures nothing by itself.
+    def observer_for(self, num_ranks: int, always_dense: bool, parameters: Mapping[str, Tensor]) -> Noise | None:
+        """What an exchange shall call on every gradient of `parameters`, in every step; `step` measures no more.
 
-        Workers' spread where their mean is known in every step; otherwise each one's own successive gradients.
+        Workers' spread where their mean is known in every step; otherwise each one's own successive gradients. The
+        optimizer takes on the exchange's names and keeps what it measured so far.
         """
         if isinstance(self.noise, IndependentNoise):
             raise ConfigError(
-                "Lanton noise='independent' under compression: nobody knows the mean of the second gradient"
+                "Lanton noise='independent': in an exchange nobody knows the mean of the second gradient; wanted "
+                "'previous', which measures workers' own gradients there"
             )
-        if self.noise is not None:
-            kind = SpreadNoise if num_ranks > 1 and always_dense else TemporalNoise
-            self.noise = kind(self.noise.parameters, self.noise.norms, self.noise.beta2)
-            log(f"Lanton: noise from {_SOURCES[type(self.noise), num_ranks > 1]}")
-            self._is_observed = True
-        return self.noise
+        if self.noise is None:
+            return None
+        norm_of = {p: group["norm"] for group in self.param_groups for p in group["params"]}
+        chosen: dict[str, norms.Norm] = {name: norm_of.get(p, "frobenius") for name, p in parameters.items()}
+        kind = SpreadNoise if num_ranks > 1 and always_dense else TemporalNoise
+        noise = kind(parameters, chosen, self.noise.beta2)
+        noise.continue_from(self.noise)
+        known = {p: name for name, p in parameters.items()}
+        for names, group in zip(self._names, self.param_groups, strict=True):
+            names[:] = [known.get(p, name) for name, p in zip(names, group["params"], strict=True)]
+        log(f"Lanton: noise from {_SOURCES[kind, num_ranks > 1]}")
+        self.noise, self._is_observed = noise, True
+        return noise
+
+    @property
+    def ratios(self) -> dict[str, Tensor]:
+        """name -> sqrt(a / a_max), float32 scalars, with the noise as it is known now."""
+        pairs = zip(self._names, self.param_groups, strict=True)
+        return {name: ratio for names, group in pairs for name, ratio in self._ratios(names, group).items()}
 
     def keep_independent(self) -> None:
         """Takes the gradients there are as G~ and clears them: same weights, samples that the step will not see."""
@@ -120,12 +136,12 @@ class Lanton(Optimizer):
         gradients = self._gradients()
         if isinstance(self.noise, TemporalNoise) and not self._is_observed:
             self.noise.measure(gradients)
-        for group in self.param_groups:
-            self._step_group(group, gradients)
+        for names, group in zip(self._names, self.param_groups, strict=True):
+            self._step_group(names, group, gradients)
         return loss
 
-    def _step_group(self, group: dict[str, Any], gradients: Mapping[str, Tensor]) -> None:
-        pairs = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if n in gradients]
+    def _step_group(self, group_names: list[str], group: dict[str, Any], gradients: Mapping[str, Tensor]) -> None:
+        pairs = [(n, p) for n, p in zip(group_names, group["params"], strict=True) if n in gradients]
         if not pairs:
             return
         names, parameters = [n for n, _ in pairs], [p for _, p in pairs]
@@ -133,8 +149,7 @@ class Lanton(Optimizer):
         grads = [gradients[name].to(torch.float32) for name in names]
         torch._foreach_lerp_(buffers, grads, 1.0 - group["momentum"])
         steps = norms.directions(group["norm"], buffers)
-        ratios = self._ratios(group)
-        self.ratios.update(ratios)
+        ratios = self._ratios(group_names, group)
         rates = [group["lr"] * ratios[name] for name in names]
         if group["weight_decay"]:
             kept = [1.0 - rate * group["weight_decay"] for rate in rates]
@@ -142,9 +157,8 @@ class Lanton(Optimizer):
         torch._foreach_mul_(steps, rates)
         torch._foreach_sub_(parameters, steps)
 
-    def _ratios(self, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _ratios(self, names: list[str], group: dict[str, Any]) -> dict[str, Tensor]:
         """sqrt(a / a_max) of the group's layers, float32 scalars on the parameters' device."""
-        names = group["names"]
         if self.noise is None:
             return {name: torch.ones((), device=group["params"][0].device) for name in names}
         h = self.noise.of(names)
@@ -152,18 +166,9 @@ class Lanton(Optimizer):
         return dict(zip(names, ratios.to(torch.float32).unbind(), strict=True))
 
     def _gradients(self) -> dict[str, Tensor]:
-        found = {}
-        for group in self.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.layout is not torch.strided:
-                    raise ConfigError(
-                        f"Lanton: the gradient of {name!r} is {parameter.grad.layout}, wanted a dense one; make the "
-                        "embedding with sparse=False"
-                    )
-                found[name] = parameter.grad
-        return found
+        groups = zip(self._names, self.param_groups, strict=True)
+        named = {n: p for names, group in groups for n, p in zip(names, group["params"], strict=True)}
+        return dense_gradients(named, "Lanton")
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -177,6 +182,8 @@ class Lanton(Optimizer):
         return {**super().state_dict(), "noise": noise}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if "noise" not in state_dict:
+            raise CheckpointError("this is not the state of a Lanton optimizer: it holds no 'noise'")
         noise = state_dict["noise"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "noise"})
         for i, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
@@ -185,6 +192,9 @@ class Lanton(Optimizer):
                 self.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, torch.float32, copy=True)
         if self.noise is not None and noise is not None:
             self.noise.load_state_dict(noise)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
 
 
 _SOURCES = {
@@ -195,6 +205,7 @@ _SOURCES = {
 
 
 def _groups_of(model: nn.Module, overrides: Mapping[str, str] | None) -> list[dict[str, Any]]:
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     chosen = norms_of(model, overrides)
     log(f"Lanton: {describe(chosen, model)}")
     parameters = dict(model.named_parameters())

@@ -59,8 +59,15 @@ class Noise:
         return {name: h for name, h in zip(self.names, self.h.tolist(), strict=True) if not math.isnan(h)}
 
     def of(self, names: Sequence[str]) -> Tensor:
-        """(len(names),) float64: H, NaN where nothing was measured yet."""
-        return self.h[torch.tensor([self._place[name] for name in names], device=self.h.device)]
+        """(len(names),) float64: H, NaN where nothing was measured yet, or nothing is known of the parameter."""
+        padded = torch.nn.functional.pad(self.h, (0, 1), value=math.nan)
+        return padded[torch.tensor([self._place.get(name, -1) for name in names], device=self.h.device)]
+
+    def continue_from(self, other: Noise) -> None:
+        """Takes the H that another estimator had of the same parameters, whatever their names there."""
+        known = {id(p): h for p, h in zip(other.parameters.values(), other.h.tolist(), strict=True)}
+        found = [known.get(id(p), math.nan) for p in self.parameters.values()]
+        self.h.copy_(torch.tensor(found, dtype=torch.float64))
 
     def observe(self, name: str, gradient: Tensor) -> Tensor:
         """(width,) float32 to send, of a gradient (n,) or of the parameter's shape: a worker's own, or the mean."""
@@ -93,18 +100,23 @@ class Noise:
         self.h.copy_(torch.tensor([known.get(name, math.nan) for name in self.names], dtype=torch.float64))
 
     def _squares(self, differences: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Squared dual norms, of tensors flat or in their parameter's shape."""
+        """Squared dual norms, of tensors in their parameter's shape."""
         found: dict[str, Tensor] = {}
         for norm in sorted({self.norms[name] for name in differences}):
             names = [name for name in differences if self.norms[name] == norm]
-            tensors = [self._shaped(differences[name], name) for name in names]
-            found.update(zip(names, dual_norms(norm, tensors).double().square().unbind(), strict=True))
+            found.update(
+                zip(
+                    names,
+                    dual_norms(norm, [differences[name] for name in names]).double().square().unbind(),
+                    strict=True,
+                )
+            )
         return found
 
     def _shaped(self, values: Tensor, name: str) -> Tensor:
         """Flat values are in the order of the parameter's storage, where that has no gaps."""
         parameter = self.parameters[name]
-        if values.shape == parameter.shape or self.norms[name] != "spectral":
+        if values.shape == parameter.shape:
             return values
         if torch.ops.aten.is_non_overlapping_and_dense(parameter):
             return values.as_strided(parameter.shape, parameter.stride(), values.storage_offset())
@@ -130,16 +142,18 @@ class TemporalNoise(Noise):
 
     def observe(self, name: str, gradient: Tensor) -> Tensor:
         """||gradient - previous||_*^2; NaN when there is no previous one."""
-        current = self._current[name] = gradient.detach().to(torch.float32, copy=True)
+        current = self._current[name] = self._shaped(gradient.detach(), name).to(torch.float32, copy=True)
         previous = self._previous.get(name)
         if previous is None:
             return torch.full((1,), math.nan, device=gradient.device)
-        return self._squares({name: current - previous.view_as(current)})[name].to(torch.float32).view(1)
+        return self._squares({name: current - previous})[name].to(torch.float32).view(1)
 
     def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
         """The first difference after gradients changed from local to mean, or back, says nothing."""
-        self._previous.update(self._current)
+        self._previous.update({name: self._current[name] for name in rows if name in self._current})
         self._current = {}
+        if not rows:  # an exchange that settled residuals: nobody saw a gradient
+            return
         switched = self._was_local not in (None, is_local)
         self._was_local = is_local
         if not switched:
@@ -180,7 +194,9 @@ class TemporalNoise(Noise):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._previous = {name: previous.clone() for name, previous in state.get("previous", {}).items()}
+        previous = {name: kept for name, kept in state.get("previous", {}).items() if name in self.parameters}
+        device = self.h.device
+        self._previous = {name: kept.to(device, torch.float32, copy=True) for name, kept in previous.items()}
         self._was_local, self._since = state.get("was_local"), state.get("since", 0)
         self._current = {}
 
@@ -212,7 +228,8 @@ class SpreadNoise(Noise):
 
     def compare(self, name: str, gradient: Tensor, mean: Tensor) -> Tensor:
         """||gradient - mean||_*^2"""
-        return self._squares({name: gradient.to(torch.float32) - mean.to(torch.float32)})[name].float().view(1)
+        difference = self._shaped(gradient.to(torch.float32) - mean.to(torch.float32), name)
+        return self._squares({name: difference})[name].float().view(1)
 
     def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
         self._step += 1

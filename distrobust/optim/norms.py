@@ -67,12 +67,13 @@ def directions(norm: Norm, tensors: Sequence[Tensor]) -> list[Tensor]:
     if norm == "spectral":
         return _each(tensors, _scaled_polar)
     if norm == "sign":
-        return [torch.sign(_float(t)) for t in tensors]
+        wide = [_float(t) for t in tensors]
+        return [torch.where(torch.isnan(t), t, torch.sign(t)) for t in wide]  # torch's sign of NaN is 0
     duals = dual_norms(norm, tensors)
     scales = [t.numel() if norm == "rms" else 1.0 for t in tensors]  # d / (sqrt(d) ||v||) = 1 / RMS(v)
     lengths = (duals / duals.new_tensor(scales)).unbind()
     return [
-        torch.where(length > 0, _float(t) / length, torch.zeros_like(length))
+        torch.where(length == 0, torch.zeros_like(length), _float(t) / length)
         for t, length in zip(tensors, lengths, strict=True)
     ]
 
@@ -81,7 +82,9 @@ def polar(matrices: Tensor, steps: int = STEPS) -> Tensor:
     """(batch, m, n) float32 -> U V^T of each, approximately: Newton-Schulz on the short side."""
     if matrices.shape[-2] > matrices.shape[-1]:
         return polar(matrices.mT, steps).mT
-    x: Tensor = matrices / (_SAFETY * torch.linalg.matrix_norm(matrices, keepdim=True)).clamp(min=1e-30)
+    largest = matrices.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-35)  # squares must not vanish
+    x: Tensor = matrices / largest
+    x = x / (_SAFETY * torch.linalg.matrix_norm(x, keepdim=True)).clamp(min=1e-30)
     for i in range(steps):
         a, b, c = _POLAR_EXPRESS[min(i, len(_POLAR_EXPRESS) - 1)]
         if i < len(_POLAR_EXPRESS) - 1:

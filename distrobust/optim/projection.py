@@ -42,6 +42,6 @@ class Projection:
     def _of(self, step: int, device: torch.device) -> Tensor:
         if self._signs is None or self._signs[0] != step or self._signs[1].device != device:
             generator = torch.Generator().manual_seed(step)
-            drawn = torch.randint(0, 2, (2 * _P,), generator=generator, dtype=torch.int8).to(device)
+            drawn = torch.randint(0, 2, (2 * _P,), generator=generator, dtype=torch.int8, device="cpu").to(device)
             self._signs = (step, drawn.to(torch.float32).mul_(2.0).sub_(1.0))
         return self._signs[1]

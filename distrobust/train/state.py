@@ -66,7 +66,7 @@ class TrainState:
                 buffer.copy_(own["buffers"][name])
         self.optimizer.load_state_dict(loaded.shared["optimizer"])
         if self.adaptive is not None:
-            self.adaptive.noise.load_state_dict(own["noise"])
+            self.adaptive.load_noise(own["noise"])
         if self.accuracy_gradient is not None:
             self.accuracy_gradient.load_state_dict(loaded.shared["accuracy_gradient"])
         self.samples = loaded.shared["samples"]

@@ -60,7 +60,7 @@ class Watching:
         self.optimizers, self.ratios, self.rank, self.wants_mean = [inner], dict[str, float](), rank, wants_mean
         self.commits: list[tuple[dict[str, Tensor], bool]] = []
 
-    def observer_for(self, num_ranks: int, always_dense: bool) -> "Watching":
+    def observer_for(self, num_ranks: int, always_dense: bool, parameters: Any) -> "Watching":
         return self
 
     def observe(self, name: str, gradient: Tensor) -> Tensor:
@@ -275,6 +275,63 @@ def test_lanton_runs_on_compressed_gradients_with_the_noise_of_the_whole_ones() 
 
     one, two = run_ranks(2, body)
     assert same(one, two)
+
+
+@pytest.mark.parametrize("given", ["the wrapped model", "groups by hand"])
+def test_the_exchanges_names_are_taken_on_and_what_was_measured_is_kept(given: str) -> None:
+    def body(rank: Rank) -> None:
+        net = seeded(mlp)
+        ddp = DistributedDataParallel(net, process_group=rank.group)
+        matrices = [{"params": [p for p in net.parameters() if p.ndim > 1], "norm": "spectral"}]
+        vectors = [{"params": [p for p in net.parameters() if p.ndim < 2], "norm": "rms"}]
+        optimizer = Lanton(ddp if given == "the wrapped model" else matrices + vectors, 0.01, noise_every=1)
+        for step in range(2):  # alone, before there is an exchange
+            optimizer.zero_grad()
+            x, y = batch(step, 0)
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        assert optimizer.noise is not None
+        before = sorted(optimizer.noise.by_name().values())
+        distrobust.compress(ddp, optimizer, 0.02, momentum="optimizer", fuse_below=100)
+        assert set(optimizer.noise.by_name()) == set(dict(net.named_parameters()))
+        assert sorted(optimizer.noise.by_name().values()) == before
+        ours = Worker(ddp, optimizer, None, rank.rank)
+        ours.step(2)
+        assert set(optimizer.ratios) == set(dict(net.named_parameters()))
+
+    run_ranks(2, body)
+
+
+class Branches(nn.Module):
+    """The second branch is used in the first two steps only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.steps = nn.Linear(20, 10), nn.Linear(20, 10), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        result: Tensor = self.one(x) + (self.two(x) if self.steps <= 2 else 0.0)
+        return result
+
+
+@pytest.mark.parametrize("density", [1.0, 0.02])
+def test_the_noise_of_a_parameter_nobody_used_stays(density: float) -> None:
+    def body(rank: Rank) -> None:
+        net = seeded(Branches)
+        ddp = DistributedDataParallel(net, process_group=rank.group, find_unused_parameters=True)
+        optimizer = NoiseAdaptive(torch.optim.SGD(net.parameters(), **SGD), ddp)
+        ours = Worker(ddp, optimizer, distrobust.compress(ddp, optimizer, density, fuse_below=0), rank.rank)
+        for step in range(2):
+            ours.step(step)
+        before = noise_of(ours)
+        for step in range(2, 5):
+            ours.step(step)
+        after = noise_of(ours)
+        assert {n: h for n, h in after.items() if "two" in n} == {n: h for n, h in before.items() if "two" in n}
+        assert after["one.weight"] != before["one.weight"]
+
+    run_ranks(2, body)
 
 
 def test_combinations_that_cannot_be_right_are_refused() -> None:

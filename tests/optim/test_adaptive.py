@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
-from distrobust.errors import ConfigError
+from distrobust.errors import CheckpointError, ConfigError
 from distrobust.optim.adaptive import NoiseAdaptive
 from distrobust.optim.rates import rate_ratios
 
@@ -188,3 +188,50 @@ def test_a_model_with_a_scalar_is_refused() -> None:
     net.scale = nn.Parameter(torch.ones(()))
     with pytest.raises(ConfigError, match=r"parameter 'scale' of shape .* has no dimension"):
         NoiseAdaptive(SGD(net.parameters(), lr=0.1), net)
+
+
+def test_a_loaded_optimizer_has_its_ratios_before_the_first_step() -> None:
+    """Step-ahead asks for them then."""
+    net = model()
+    adaptive, loaded = (NoiseAdaptive(SGD(net.parameters(), lr=0.1), net, alpha=1e-3) for _ in range(2))
+    for step in range(3):
+        adaptive.zero_grad()
+        backward(net, step)
+        adaptive.step()
+    loaded.load_state_dict(adaptive.state_dict())
+    assert loaded.ratios == adaptive.ratios
+    assert loaded.rate_of(net[4].weight) == adaptive.rate_of(net[4].weight) < 0.1
+
+
+def test_hooks_and_copies_work_as_with_any_optimizer() -> None:
+    net = model()
+    adaptive = NoiseAdaptive(SGD(net.parameters(), lr=0.1), net)
+    seen = []
+    adaptive.register_step_pre_hook(lambda *_: seen.append("before"))
+    adaptive.register_step_post_hook(lambda *_: seen.append("after"))
+    backward(net, 0)
+    adaptive.step()
+    assert seen == ["before", "after"]
+    copy.deepcopy(adaptive).step()
+    adaptive.step()
+
+
+def test_frozen_parameters_keep_the_base_rate() -> None:
+    net = model()
+    net[0].requires_grad_(False)
+    adaptive = NoiseAdaptive(SGD(net.parameters(), lr=0.1), net)
+    backward(net, 0)
+    adaptive.step()
+    assert "0.weight" not in adaptive.ratios
+
+
+def test_a_state_of_another_optimizer_and_sparse_gradients_are_refused() -> None:
+    net = model()
+    adaptive = NoiseAdaptive(SGD(net.parameters(), lr=0.1), net)
+    with pytest.raises(CheckpointError, match="not the state of a NoiseAdaptive optimizer"):
+        adaptive.load_state_dict(adaptive.optimizers[0].state_dict())
+    sparse = nn.Embedding(5, 3, sparse=True)
+    adaptive = NoiseAdaptive(SGD(sparse.parameters(), lr=0.1), sparse)
+    sparse(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ConfigError, match=r"NoiseAdaptive: the gradient of 'weight' is torch\.sparse_coo"):
+        adaptive.step()

@@ -43,7 +43,7 @@ def test_the_quietest_of_each_group_moves_at_the_full_rate() -> None:
     optimizer = Lanton(net, 0.01, alpha=1e-6)
     train(net, optimizer, range(8))
     for group in optimizer.param_groups:
-        ratios = [float(optimizer.ratios[name]) for name in group["names"]]
+        ratios = [float(optimizer.ratios[name]) for name in group["param_names"]]
         assert max(ratios) == 1.0
         assert all(0.0 < ratio <= 1.0 for ratio in ratios)
     assert min(float(r) for r in optimizer.ratios.values()) < 0.9
@@ -178,14 +178,14 @@ def test_a_closure_is_called_once_with_gradients_on() -> None:
 def test_in_an_exchange_it_measures_the_spread_if_the_mean_is_known_and_nothing_by_itself() -> None:
     net = model()
     optimizer = Lanton(net)
-    assert isinstance(optimizer.observer_for(2, always_dense=True), SpreadNoise)
+    assert isinstance(optimizer.observer_for(2, True, dict(net.named_parameters())), SpreadNoise)
     train(net, optimizer, range(3))
     assert optimizer.noise is not None
     assert optimizer.noise.by_name() == {}
-    assert type(Lanton(net).observer_for(2, always_dense=False)) is TemporalNoise
-    assert type(Lanton(net).observer_for(1, always_dense=True)) is TemporalNoise
+    assert type(Lanton(net).observer_for(2, False, dict(net.named_parameters()))) is TemporalNoise
+    assert type(Lanton(net).observer_for(1, True, dict(net.named_parameters()))) is TemporalNoise
     with pytest.raises(ConfigError, match="nobody knows the mean of the second gradient"):
-        Lanton(net, noise="independent").observer_for(2, always_dense=False)
+        Lanton(net, noise="independent").observer_for(2, False, {})
 
 
 @pytest.mark.parametrize(

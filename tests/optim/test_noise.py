@@ -219,6 +219,39 @@ def test_h_survives_a_change_of_the_number_of_workers_and_so_of_the_estimator() 
     assert again.by_name() == several.by_name()
 
 
+def test_a_step_in_which_nobody_saw_a_gradient_changes_nothing() -> None:
+    """The dense step that settles residuals: what comes before it is local, what comes after it is a mean."""
+    noise = temporal(0.0)
+    for seed in range(2):
+        noise.commit({"w": noise.observe("w", gradient(seed)).view(1, -1)}, is_local=True)
+    before = noise.by_name()
+    noise.commit({}, is_local=False)
+    see(noise, 100 * gradient(2))  # against a local gradient: says nothing
+    assert noise.by_name() == before
+
+
+def test_what_was_kept_flat_or_shaped_can_be_continued_from_either() -> None:
+    """Saved under compression, whose gradients are flat, and continued without, and the other way round."""
+    parameter = torch.zeros(6, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    g = [gradient(seed, parameter.numel()).view(parameter.shape) for seed in range(2)]
+
+    def make() -> TemporalNoise:
+        return TemporalNoise({"w": parameter}, {"w": "frobenius"}, 0.0)
+
+    flat = [one.permute(0, 2, 3, 1).reshape(-1) for one in g]
+    first, second = make(), make()
+    see(first, flat[0])
+    second.load_state_dict(first.state_dict())
+    second.measure({"w": g[1]})
+    third, fourth = make(), make()
+    third.measure({"w": g[0]})
+    fourth.load_state_dict(third.state_dict())
+    see(fourth, flat[1])
+    expected = float((g[1] - g[0]).double().square().sum())
+    assert second.by_name()["w"] == pytest.approx(expected, rel=1e-5)
+    assert fourth.by_name()["w"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_was_not_measured_is_missing() -> None:
     net = nn.Linear(3, 2)
     noise = TemporalNoise(dict(net.named_parameters()), {"weight": "spectral", "bias": "rms"}, 0.9)

@@ -122,3 +122,18 @@ def test_five_steps_bring_singular_values_near_one(name: str) -> None:
     mapped = (u.mT @ polar(matrix.float()[None])[0].double() @ v.mT).diagonal()
     large = mapped[s > 1e-3 * matrix.norm()]
     assert 0.84 <= float(large.min()) <= float(large.max()) <= 1.13
+
+
+@pytest.mark.parametrize("exponent", range(-45, -18, 3))
+def test_a_momentum_that_fades_away_ends_in_no_direction_not_in_nan(exponent: int) -> None:
+    """As after a branch fell out of use: 0.95^n of what it was."""
+    for o in directions("spectral", [tensor * 10.0**exponent for tensor in samples("spectral")]):
+        assert bool(torch.isfinite(o).all())
+        assert primal("spectral", o) <= 1.13
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_nan_does_not_become_a_direction_of_nothing(norm: Norm) -> None:
+    tensor = samples(norm)[0]
+    tensor.view(-1)[1] = math.nan
+    assert bool(torch.isnan(directions(norm, [tensor])[0]).any())

@@ -212,9 +212,9 @@ int64_t distrobust_decode(const uint8_t *payload, int64_t n, int64_t k, int64_t 
         }
         const int64_t stop = block + 1 < num_blocks ? starts[block + 1] : n, first = i;
         for (; i < k && indices[i] < stop; i++) {
-            uint32_t word = 0;
+            uint64_t word = 0;
             const uint8_t *group = coded + i / 8 * width;
-            for (int64_t byte = 0; byte < width; byte++) word |= (uint32_t)group[byte] << 8 * byte;
+            for (int64_t byte = 0; byte < width; byte++) word |= (uint64_t)group[byte] << 8 * byte;
             values[i] = signed_levels[word >> width * (i & 7) & ((1u << width) - 1)];
         }
         if (i - first > planned[block]) return 1;
