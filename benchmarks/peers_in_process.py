@@ -8,6 +8,7 @@ ICLR 2019). Bytes are a ring all-reduce's of what is sent.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -22,26 +23,19 @@ def make(net: nn.Module, num_workers: int, num_steps: int, rule: Rule, *, peer: 
     return PEERS[peer](net, num_workers, num_steps, rule, **options)
 
 
-class Peer:
-    """The interface of workers.Workers. `exchange` turns the workers' gradients into one."""
+class Peer(ABC):
+    """The interface of workers.Workers."""
 
     def __init__(self, net: nn.Module, num_workers: int, num_steps: int, rule: Rule) -> None:
         self.net, self.num_workers, self.num_steps, self.rule = net, num_workers, num_steps, rule
         self.parameters = list(net.parameters())
         self.n = sum(p.numel() for p in self.parameters)
         self.buffers = [[b.clone() for b in net.buffers()] for _ in range(num_workers)]
-        self.momentum = [torch.zeros_like(p) for p in self.parameters]
         self.steps = 0
         self.sent_bytes = 0
 
-    def step(self, backward: Callable[[int], None], rate: float, _: Any = None) -> None:
-        gradients = [self.gradient(backward, rank) for rank in range(self.num_workers)]
-        mean = self.exchange(gradients)
-        with torch.no_grad():
-            torch._foreach_mul_(self.momentum, self.rule.momentum)
-            torch._foreach_add_(self.momentum, mean)
-            torch._foreach_add_(self.parameters, self.momentum, alpha=-rate)
-        self.steps += 1
+    @abstractmethod
+    def step(self, backward: Callable[[int], None], rate: float, _: Any = None) -> None: ...
 
     def gradient(self, backward: Callable[[int], None], rank: int) -> list[Tensor]:
         """Of worker `rank`, with weight decay."""
@@ -50,9 +44,6 @@ class Peer:
         backward(rank)
         self.buffers[rank] = [b.clone() for b in self.net.buffers()]
         return [p.grad + self.rule.weight_decay * p.detach() for p in self.parameters if p.grad is not None]
-
-    def exchange(self, gradients: list[list[Tensor]]) -> list[Tensor]:
-        raise NotImplementedError
 
     def average_buffers(self) -> None:
         for buffer, *others in zip(self.net.buffers(), *self.buffers, strict=True):
@@ -64,14 +55,34 @@ class Peer:
         return {"sent_bytes": self.sent_bytes, "dense_bytes": dense, "density": 1.0}
 
 
-class Half(Peer):
+class Exchanging(Peer):
+    """Those that turn the workers' gradients into one in every step, and apply momentum to that."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.momentum = [torch.zeros_like(p) for p in self.parameters]
+
+    @abstractmethod
+    def exchange(self, gradients: list[list[Tensor]]) -> list[Tensor]: ...
+
+    def step(self, backward: Callable[[int], None], rate: float, _: Any = None) -> None:
+        gradients = [self.gradient(backward, rank) for rank in range(self.num_workers)]
+        mean = self.exchange(gradients)
+        with torch.no_grad():
+            torch._foreach_mul_(self.momentum, self.rule.momentum)
+            torch._foreach_add_(self.momentum, mean)
+            torch._foreach_add_(self.parameters, self.momentum, alpha=-rate)
+        self.steps += 1
+
+
+class Half(Exchanging):
     def exchange(self, gradients: list[list[Tensor]]) -> list[Tensor]:
         self.sent_bytes += reduce_bytes(2 * self.n, self.num_workers)
         shares = [[(g / self.num_workers).half() for g in own] for own in gradients]
         return [torch.stack(same).sum(dim=0).float() for same in zip(*shares, strict=True)]
 
 
-class PowerSGD(Peer):
+class PowerSGD(Exchanging):
     def __init__(self, *arguments: Any, rank: int) -> None:
         super().__init__(*arguments)
         self.rank = rank

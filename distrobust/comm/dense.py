@@ -7,6 +7,7 @@ torch.optim.SGD, to the bit while residuals are settled.
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def _compared(
     assert settings.observer is not None
     numbers = []
     for part in parts:
-        mine = own[part.start : part.end].to(torch.float32) / scale
+        mine = unscaled(replace(part, gradient=own[part.start : part.end]), scale)
         numbers.append(settings.observer.compare(part.name, mine, unscaled(part, scale)))
     rows = yield AllGather(torch.cat(numbers).view(torch.uint8))
     columns = rows.view(torch.float32).unbind(dim=1)

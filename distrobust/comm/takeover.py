@@ -47,9 +47,7 @@ class Takeover:
 
 def unwrapped(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
     """The optimizers that make the step: one or several, without the wrapper of Accelerate or Lightning."""
-    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    given = [getattr(one, "optimizer", one) if _is_wrapper(one) else one for one in given]
-    inner: list[Any] = [each for one in given for each in getattr(one, "optimizers", [one])]
+    inner: list[Any] = [each for one in _seen_through(optimizer) for each in getattr(one, "optimizers", [one])]
     for one in inner:
         if not isinstance(one, torch.optim.Optimizer):
             raise ConfigError(f"compress: got a {type(one).__name__} as optimizer, wanted a torch.optim.Optimizer")
@@ -61,9 +59,7 @@ def unwrapped(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 def noise_adaptive(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> NoiseAdaptive | None:
     """The one among them whose rates follow the gradient noise; None if there is none."""
-    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    seen = [getattr(one, "optimizer", one) if _is_wrapper(one) else one for one in given]
-    found: list[Any] = [one for one in seen if hasattr(one, "observer_for")]
+    found = [one for one in _seen_through(optimizer) if hasattr(one, "observer_for")]
     if len(found) > 1:
         raise ConfigError(
             "compress: got two optimizers that measure gradient noise, wanted one; hand all optimizers to one "
@@ -77,6 +73,11 @@ def scaler_of(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
     given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
     scalers = [getattr(one, "scaler", None) for one in given if _is_wrapper(one)]
     return next((scaler for scaler in scalers if scaler is not None), None)
+
+
+def _seen_through(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> list[Any]:
+    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    return [getattr(one, "optimizer", one) if _is_wrapper(one) else one for one in given]
 
 
 def _is_wrapper(optimizer: object) -> bool:

@@ -102,20 +102,16 @@ def select_piece(next_v: Tensor, piece: Piece, selector: str) -> Selected:
     """The k largest of next_v[piece.start : piece.stop]."""
     within = next_v[piece.start : piece.stop]
     if within.numel() <= SMALL and native.takes(within):
-        indices, values, _ = native.select(_places(within.numel()), within, piece.k)
+        indices, values, _ = native.select(_places()[: within.numel()], within, piece.k)
         return Selected(indices.add_(piece.start), values)
     indices = select.SELECTORS[selector](within, piece.k) + piece.start
     return Selected(indices, next_v.index_select(0, indices))
 
 
 @functools.cache
-def _first_places() -> Tensor:
+def _places() -> Tensor:
+    """0 to SMALL"""
     return torch.arange(SMALL, dtype=torch.int32, device="cpu")
-
-
-def _places(n: int) -> Tensor:
-    """0 to n, at most SMALL."""
-    return _first_places()[:n]
 
 
 def blocked_pass(

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distrobust.errors import CheckpointError, ConfigError
-from distrobust.optim.groups import dense_gradients, log, refuse_unservable
+from distrobust.optim.groups import dense_gradients, log, trained_parameters
 from distrobust.optim.noise import Noise, SpreadNoise, TemporalNoise
 from distrobust.optim.rates import check_alpha, rate_ratios
 
@@ -45,22 +44,16 @@ class NoiseAdaptive(Optimizer):
     ) -> None:
         check_alpha(alpha)
         self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
-        parameters = {name: p for name, p in inner.named_parameters() if p.requires_grad}
-        if not parameters:
-            raise ConfigError("NoiseAdaptive: the model has no parameter that is trained")
-        for name, parameter in parameters.items():
-            refuse_unservable(name, parameter)
+        parameters = trained_parameters(model)
         self.alpha = alpha
-        self._names = {parameter: name for name, parameter in parameters.items()}
-        self._refuse_strangers(inner)
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+        self._refuse_strangers(model)
         labels = {name: "matrix" if p.ndim > 1 else "vector" for name, p in parameters.items()} | dict(groups or {})
         if unknown := sorted(set(labels) - set(parameters)):
             raise ConfigError(f"NoiseAdaptive groups: {unknown[0]!r} is no parameter of the model that is trained")
         self._labels = {parameter: labels[name] for parameter, name in self._names.items()}
-        self.noise: Noise = TemporalNoise(parameters, dict.fromkeys(parameters, "frobenius"), beta2)
         self._is_observed = False
-        self._refresh()
+        self._take_on(TemporalNoise(parameters, dict.fromkeys(parameters, "frobenius"), beta2))
         super().__setstate__({})  # torch's hooks; its own __init__ would want parameters
 
     def observer_for(self, num_ranks: int, always_dense: bool, parameters: Mapping[str, Tensor]) -> Noise:
@@ -76,8 +69,8 @@ class NoiseAdaptive(Optimizer):
             how = "the spread of workers' gradients" + ("" if always_dense else ", by projections where it is sparse")
         log(f"NoiseAdaptive: noise from {how}")
         self._names |= {p: name for name, p in parameters.items() if p in self._names}
-        self.noise, self._is_observed = noise, True
-        self._refresh()
+        self._is_observed = True
+        self._take_on(noise)
         return noise
 
     def load_noise(self, state: Mapping[str, Any]) -> None:
@@ -85,20 +78,17 @@ class NoiseAdaptive(Optimizer):
         self.noise.load_state_dict(state)
         self._refresh()
 
+    def _take_on(self, noise: Noise) -> None:
+        self.noise = noise
+        labels = [self._labels.get(parameter, "") for parameter in noise.parameters.values()]
+        numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        self._groups = torch.tensor([numbers[label] for label in labels], device=noise.h.device)
+        self._refresh()
+
     def _refresh(self) -> None:
         """The ratios, from the noise as it is known now."""
-        labels = [self._labels.get(parameter, "") for parameter in self.noise.parameters.values()]
-        numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        groups = torch.tensor([numbers[label] for label in labels], device=self.noise.h.device)
-        ratios = rate_ratios(self.noise.h, groups, self.alpha).tolist()
+        ratios = rate_ratios(self.noise.h, self._groups, self.alpha).tolist()
         self.ratios: dict[str, float] = dict(zip(self.noise.names, ratios, strict=True))
-
-    def rate_of(self, parameter: Tensor) -> float:
-        """The rate the next step will take for a parameter, at the group's present rate."""
-        for group in self.param_groups:
-            if any(parameter is one for one in group["params"]):
-                return float(group["lr"]) * self._ratio_of(parameter)
-        raise KeyError("not a parameter of this optimizer")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -13,24 +13,38 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from distrobust.errors import ConfigError
 from distrobust.optim.norms import NORMS, Norm
 
 _log = logging.getLogger(__name__)
-_said: set[str] = set()
 
 
+@functools.cache
 def log(text: str) -> None:
     """Once for each text."""
-    if text not in _said:
-        _said.add(text)
-        _log.info(text)
+    _log.info(text)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """name -> parameter of those with requires_grad, in the model's order; of what is inside if it is wrapped for DDP.
+
+    Raises ConfigError if there is none, and for one without a direction.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    parameters = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ConfigError("the model has no parameter that is trained; wanted at least one with requires_grad")
+    for name, parameter in parameters.items():
+        refuse_unservable(name, parameter)
+    return parameters
 
 
 def norms_of(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[str, Norm]:
@@ -38,13 +52,10 @@ def norms_of(model: nn.Module, overrides: Mapping[str, str] | None = None) -> di
 
     Raises ConfigError for a pattern that matches nothing, an unknown norm, and a parameter no norm can serve.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ConfigError("the model has no parameter that is trained; wanted at least one with requires_grad")
-    signs = _signs(model)
+    parameters = trained_parameters(model)
+    signs = _signs(parameters, model)
     norms: dict[str, Norm] = {}
     for name, parameter in parameters.items():
-        refuse_unservable(name, parameter)
         is_vector = parameter.numel() == max(parameter.shape)
         norms[name] = "rms" if is_vector else "sign" if name in signs else "spectral"
     for pattern, norm in (overrides or {}).items():
@@ -58,9 +69,9 @@ def norms_of(model: nn.Module, overrides: Mapping[str, str] | None = None) -> di
     return norms
 
 
-def describe(norms: Mapping[str, str], model: nn.Module) -> str:
+def describe(norms: Mapping[str, str], parameters: Mapping[str, Tensor]) -> str:
     """One line a norm: how many parameters, how many numbers, the first and the last name."""
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes = {name: p.numel() for name, p in parameters.items()}
     lines = []
     for norm in sorted(set(norms.values())):
         names = [name for name in norms if norms[name] == norm]
@@ -97,9 +108,9 @@ def dense_gradients(parameters: Mapping[str, Tensor], who: str) -> dict[str, Ten
     return found
 
 
-def _signs(model: nn.Module) -> set[str]:
-    """Weights of embeddings and of the last linear layer, under every name `named_parameters` may give a tied one."""
+def _signs(parameters: Mapping[str, Tensor], model: nn.Module) -> set[str]:
+    """Weights of embeddings and of the last linear layer, under the name that a tied one has in `parameters`."""
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     chosen = {id(weight) for weight in [*embeddings, *linear[-1:]]}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    return {name for name, parameter in parameters.items() if id(parameter) in chosen}

@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distrobust.errors import CheckpointError, ConfigError
 from distrobust.optim import norms
-from distrobust.optim.groups import dense_gradients, describe, log, norms_of, refuse_unservable
+from distrobust.optim.groups import dense_gradients, describe, log, norms_of, refuse_unservable, trained_parameters
 from distrobust.optim.noise import IndependentNoise, Noise, SpreadNoise, TemporalNoise
 from distrobust.optim.rates import check_alpha, rate_ratios
 
@@ -205,10 +204,9 @@ _SOURCES = {
 
 
 def _groups_of(model: nn.Module, overrides: Mapping[str, str] | None) -> list[dict[str, Any]]:
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    parameters = trained_parameters(model)
     chosen = norms_of(model, overrides)
-    log(f"Lanton: {describe(chosen, model)}")
-    parameters = dict(model.named_parameters())
+    log(f"Lanton: {describe(chosen, parameters)}")
     return [
         {"params": [(name, parameters[name]) for name in chosen if chosen[name] == norm], "norm": norm}
         for norm in norms.NORMS

@@ -25,6 +25,7 @@ Workers get each other's numbers in the same messages, so H is the same on every
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ from distrobust.optim.norms import Norm, dual_norms
 from distrobust.optim.projection import Projection
 
 
-class Noise:
+class Noise(ABC):
     """H by parameter. `width`: float32 numbers a parameter in a message. `wants_mean`: see `compare`.
 
     As an observer of an exchange: `observe` or `compare` every gradient, `commit` if the step happens.
@@ -69,17 +70,18 @@ class Noise:
         found = [known.get(id(p), math.nan) for p in self.parameters.values()]
         self.h.copy_(torch.tensor(found, dtype=torch.float64))
 
+    @abstractmethod
     def observe(self, name: str, gradient: Tensor) -> Tensor:
         """(width,) float32 to send, of a gradient (n,) or of the parameter's shape: a worker's own, or the mean."""
-        raise NotImplementedError
 
     def compare(self, name: str, gradient: Tensor, mean: Tensor) -> Tensor:
-        """(1,) float32 to send, of a worker's own gradient (n,) and the mean, where that is known and wanted."""
-        raise NotImplementedError
+        """(1,) float32 ||gradient - mean||_*^2 to send, of a worker's own (n,) and the mean, where that is wanted."""
+        difference = self._shaped(gradient.to(torch.float32) - mean.to(torch.float32), name)
+        return self._squares({name: difference})[name].float().view(1)
 
+    @abstractmethod
     def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
         """The step happens. rows: (num_ranks, numbers), what every rank observed (`is_local`), or all of the mean."""
-        raise NotImplementedError
 
     def take(self, squares: Mapping[str, Tensor], beta2: float) -> None:
         """Takes squared dual norms of differences into H; what is not finite says nothing."""
@@ -104,13 +106,8 @@ class Noise:
         found: dict[str, Tensor] = {}
         for norm in sorted({self.norms[name] for name in differences}):
             names = [name for name in differences if self.norms[name] == norm]
-            found.update(
-                zip(
-                    names,
-                    dual_norms(norm, [differences[name] for name in names]).double().square().unbind(),
-                    strict=True,
-                )
-            )
+            duals = dual_norms(norm, [differences[name] for name in names])
+            found.update(zip(names, duals.double().square().unbind(), strict=True))
         return found
 
     def _shaped(self, values: Tensor, name: str) -> Tensor:
@@ -225,11 +222,6 @@ class SpreadNoise(Noise):
     def observe(self, name: str, gradient: Tensor) -> Tensor:
         """A projection with the signs of this step, the same on every rank."""
         return self._projection(gradient.detach().to(torch.float32).reshape(-1), self._step)
-
-    def compare(self, name: str, gradient: Tensor, mean: Tensor) -> Tensor:
-        """||gradient - mean||_*^2"""
-        difference = self._shaped(gradient.to(torch.float32) - mean.to(torch.float32), name)
-        return self._squares({name: difference})[name].float().view(1)
 
     def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
         self._step += 1

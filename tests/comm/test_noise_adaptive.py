@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distrobust
 from distrobust.errors import ConfigError
+from distrobust.optim import groups
 from distrobust.optim.adaptive import NoiseAdaptive
-from distrobust.optim.groups import _said
 from distrobust.optim.lanton import Lanton
 from distrobust.optim.noise import TemporalNoise
 
@@ -231,7 +231,7 @@ def test_one_worker_compares_successive_gradients_and_says_so(caplog: pytest.Log
                 assert noise_of(ours) == pytest.approx(expected, rel=1e-4)
             before = g
 
-    _said.clear()
+    groups.log.cache_clear()
     with caplog.at_level(logging.INFO):
         run_ranks(1, body)
     assert "NoiseAdaptive: noise from successive gradients, since there is one worker" in caplog.messages

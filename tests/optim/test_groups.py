@@ -94,7 +94,7 @@ def test_what_no_norm_can_serve_is_refused(tensor: torch.Tensor, text: str) -> N
 
 def test_groups_are_described_in_a_line_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model = Transformer()
-    text = describe(norms_of(model), model)
+    text = describe(norms_of(model), dict(model.named_parameters()))
     assert "sign: 3 parameters, 216 numbers (token.weight .. head.weight)" in text
     with caplog.at_level(logging.INFO):
         log(f"a sentence of {__name__}")

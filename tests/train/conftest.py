@@ -6,10 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from distrobust import config as configuration
 from distrobust.config import Config
 from distrobust.data import write_parquet
+from distrobust.train import loop
+from distrobust.train.state import TrainState
+from distrobust.train.step import Recipe, StepResult, train_step
+from tests.harness.jobs import Crash
 
 MakeConfig = Callable[..., Config]
 
@@ -55,3 +60,18 @@ def make_config(stripes: Path, tmp_path: Path) -> MakeConfig:
         return configuration.parse(values, "test")
 
     return make
+
+
+@pytest.fixture
+def crash_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """crash_at(phase, step): the next run dies before that step."""
+
+    def plan(phase: str, step: int) -> None:
+        def dying(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe, rank: int) -> StepResult:
+            if (state.position.phase, state.position.step) == (phase, step):
+                raise Crash
+            return train_step(state, images, labels, recipe, rank)
+
+        monkeypatch.setattr(loop, "train_step", dying)
+
+    return plan

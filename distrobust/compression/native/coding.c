@@ -39,18 +39,25 @@ void distrobust_pack(const int64_t *numbers, int64_t k, int64_t width, uint8_t *
     }
 }
 
-/* bits.unpack */
-void distrobust_unpack(const uint8_t *packed, int64_t k, int64_t width, int64_t *out) {
+/* The eight numbers of one group that pack wrote. */
+static inline void unpack_group(const uint8_t *packed, int64_t width, int64_t numbers[8]) {
     const int64_t whole = width / 8, rest = width % 8;
     const uint64_t mask = (1u << rest) - 1;
+    uint64_t word = 0;
+    for (int64_t byte = 0; byte < rest; byte++) word |= (uint64_t)packed[8 * whole + byte] << 8 * byte;
+    for (int64_t i = 0; i < 8; i++) {
+        uint64_t number = (word >> rest * i & mask) << 8 * whole;
+        for (int64_t byte = 0; byte < whole; byte++) number |= (uint64_t)packed[whole * i + byte] << 8 * byte;
+        numbers[i] = (int64_t)number;
+    }
+}
+
+/* bits.unpack */
+void distrobust_unpack(const uint8_t *packed, int64_t k, int64_t width, int64_t *out) {
+    int64_t numbers[8];
     for (int64_t group = 0; group < k; group += 8, packed += width) {
-        uint64_t word = 0;
-        for (int64_t byte = 0; byte < rest; byte++) word |= (uint64_t)packed[8 * whole + byte] << 8 * byte;
-        for (int64_t i = 0; i < 8 && group + i < k; i++) {
-            uint64_t number = (word >> rest * i & mask) << 8 * whole;
-            for (int64_t byte = 0; byte < whole; byte++) number |= (uint64_t)packed[whole * i + byte] << 8 * byte;
-            out[group + i] = (int64_t)number;
-        }
+        unpack_group(packed, width, numbers);
+        for (int64_t i = 0; i < 8 && group + i < k; i++) out[group + i] = numbers[i];
     }
 }
 
@@ -175,16 +182,11 @@ int64_t distrobust_decode(const uint8_t *payload, int64_t n, int64_t k, int64_t 
     const int64_t num_levels = (int64_t)1 << (width - 1);
     if (distrobust_marked(payload, unary, k + 1, indices) != k) return 1;
     const uint8_t *packed = payload + unary, *heads = packed + (k + 7) / 8 * low;
-    const int64_t whole = low / 8, rest = low % 8;
-    const uint64_t mask = (1u << rest) - 1;
+    int64_t lows[8];
     for (int64_t group = 0; group < k; group += 8, packed += low) {
-        uint64_t word = 0;
-        for (int64_t byte = 0; byte < rest; byte++) word |= (uint64_t)packed[8 * whole + byte] << 8 * byte;
-        for (int64_t i = 0; i < 8 && group + i < k; i++) {
-            uint64_t number = (word >> rest * i & mask) << 8 * whole;
-            for (int64_t byte = 0; byte < whole; byte++) number |= (uint64_t)packed[whole * i + byte] << 8 * byte;
-            indices[group + i] = (indices[group + i] - group - i) << low | (int64_t)number;
-        }
+        unpack_group(packed, low, lows);
+        for (int64_t i = 0; i < 8 && group + i < k; i++)
+            indices[group + i] = (indices[group + i] - group - i) << low | lows[i];
     }
     for (int64_t i = 1; i < k; i++)
         if (indices[i] <= indices[i - 1]) return 1;
