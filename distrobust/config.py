@@ -158,7 +158,7 @@ class PhaseConfig(Section):
 class AttackConfig(Section):
     name: Literal["fgsm", "n_fgsm", "pgd"] = "n_fgsm"
     """How training examples are made during the `train` phase."""
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Literal["linf", "l2", "l1"] = "linf"
     """Of the ball around an image."""
     eps: Budget = 8 / 255
     """Budget, inputs in [0, 1]; may be written 8/255."""
