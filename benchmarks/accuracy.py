@@ -156,9 +156,9 @@ def train_on(
     x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         if attack is None:
-            output = losses.natural(net, net, x, labels[mine])
+            output = losses.Natural()(net, net, x, labels[mine])
         else:
-            output = losses.pgd_at(net, net, x, labels[mine], attack, threat, generator=generator)
+            output = losses.PGDAT()(net, net, x, labels[mine], attack, threat, generator)
     output.loss.backward()
     return float(output.loss.detach())
 

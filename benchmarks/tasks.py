@@ -104,10 +104,10 @@ class Images:
             with torch.autocast("cpu", torch.bfloat16):
                 if self.attack is None:
                     with torch.no_grad():
-                        output = losses.natural(net, net, x, labels)
+                        output = losses.Natural()(net, net, x, labels)
                 else:
                     attack, threat = Attack("pgd", steps=5), Threat("linf", EPS)
-                    output = losses.pgd_at(net, net, x, labels, attack, threat, generator=generator)
+                    output = losses.PGDAT()(net, net, x, labels, attack, threat, generator)
             total += float(output.loss.detach()) / len(self.held_out)
         net.train()
         net.zero_grad(set_to_none=True)
