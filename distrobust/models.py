@@ -65,7 +65,8 @@ class Residual(nn.Module):
         self.second = _block(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.as_tensor(self.second(self.first(x)))
+        y: Tensor = self.second(self.first(x))
+        return x + y
 
 
 def _block(num_in: int, num_out: int, *, pool: bool = False, residual: bool = False) -> nn.Sequential:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 def perturbed_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float) -> Iterator[None]:
     """Inside, `model`'s weights are w'; afterwards w, to the bit, whatever happened.
 
-    model: the inner module, on which `loss()` computes its scalar. No autocast region may reach over the border: it keeps
-    casts of w. No .grad is touched, no hook fires, buffers stay. Where g is zero or not finite, w' = w.
+    model: the inner module, on which `loss()` computes its scalar. No autocast region may reach over the border: it
+    keeps casts of w. No .grad is touched, no hook fires, buffers stay. Where g is zero or not finite, w' = w.
     """
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     buffers = list(model.buffers())

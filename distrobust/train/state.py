@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from distrobust.adversarial.folded import Folded
 from distrobust.comm.hook import attach
 from distrobust.comm.resize import resize
 from distrobust.comm.state import Compression
@@ -48,6 +49,14 @@ class TrainState:
     """Catastrophic overfitting has been seen."""
     delta: Tensor | None = None
     """Perturbation of free adversarial training, by place in this rank's batch."""
+
+    folded: Folded | None = None
+
+    def attacked(self, x: Tensor) -> nn.Module:
+        """What attacks run on: `net`, with its batch norms folded where it can be done. x: any inputs."""
+        if self.folded is None:
+            self.folded = Folded(self.net, x)
+        return self.folded.current()
 
     @property
     def result(self) -> nn.Module:

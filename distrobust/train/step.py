@@ -173,8 +173,9 @@ def _micro_batch(
     threat, attack = recipe.threat(step), recipe.attack_at(step, state.collapsed)
     autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, recipe.phase.precision == "bf16")
     is_free = recipe.attack is not None and recipe.attack.name == "free" and attack.name == "none"
+    attacked = state.attacked(x) if attack.num_gradients else state.net
     with autocast():
-        x_adv = free.start(x, delta, threat) if is_free else loss.examples(state.net, x, y, attack, threat, generator)
+        x_adv = free.start(x, delta, threat) if is_free else loss.examples(attacked, x, y, attack, threat, generator)
 
     def objective(forward: losses.Forward) -> losses.LossOutput:
         with autocast():
