@@ -36,7 +36,7 @@ class Folded:
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self._model = model
+        self.model = model
         self._twin: fx.GraphModule | None = None
         self._pairs: list[tuple[_ConvNd, _BatchNorm, _ConvNd]] = []  # convolution, its norm, both in one
         reason = self._build()
@@ -48,13 +48,13 @@ class Folded:
 
     def current(self) -> nn.Module:
         if self._twin is None:
-            return self._model
+            return self.model
         self._refresh()
         return self._twin
 
     def _build(self) -> str:
         """Makes the twin, or says why not."""
-        model = self._model
+        model = self.model
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
             return "it has forward hooks"
         try:
@@ -99,8 +99,8 @@ class Folded:
     @torch.no_grad()
     def _agrees(self, x: Tensor) -> bool:
         twin = self.current()
-        with evaluation_mode(self._model), evaluation_mode(twin), torch.autocast(x.device.type, enabled=False):
-            ours, theirs = twin(x), self._model(x)
+        with evaluation_mode(self.model), evaluation_mode(twin), torch.autocast(x.device.type, enabled=False):
+            ours, theirs = twin(x), self.model(x)
         return bool((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max())
 
 
