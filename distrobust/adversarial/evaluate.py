@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from distrobust.adversarial.accuracy import Counts
 from distrobust.adversarial.attacks import Attack, cross_entropy_sum, evaluation_mode, input_gradient
-from distrobust.adversarial.folded import Folded
 from distrobust.adversarial.threat import Norm, Threat
 from distrobust.errors import ConfigError, DataError
 
@@ -55,7 +54,6 @@ def count_correct(
     if attack is not None and attack.name == "n_fgsm":
         raise ConfigError("evaluation: n_fgsm leaves the ball of radius eps, so it measures no robustness; use pgd")
     tally = _Tally(model)
-    attacked: Folded | None = None
     for x, y, generator in _prepared(model, batches, seed, indices):
         with _float32_evaluation(model, x.device):
             if attack is None or threat is None or attack.name == "none":
@@ -63,8 +61,7 @@ def count_correct(
             else:
                 # The clean pass also yields the input gradient: one backward, shared by both gradient flags.
                 gradient, logits = input_gradient(model, x, y, cross_entropy_sum)
-                attacked = attacked or Folded(model, x)
-                x_adv = attack(attacked.current(), x, y, threat, generator)
+                x_adv = attack(model, x, y, threat, generator)
                 right = (logits.argmax(1) == y) & (_predict(model, x_adv) == y)
                 tally.gradients(gradient)
         tally.images(right, y)

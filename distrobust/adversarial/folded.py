@@ -10,6 +10,7 @@ a pass of `resnet9` on a CPU takes a quarter less time. Training passes are not 
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
@@ -58,8 +59,7 @@ class Folded:
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
             return "it has forward hooks"
         try:
-            with evaluation_mode(model):
-                graph = fx.Tracer().trace(model)
+            graph = fx.Tracer().trace(copy.deepcopy(model).eval())  # a copy: a forward may keep what it is given
         except Exception as error:  # any code may be in a forward
             return f"it cannot be traced ({' '.join(str(error).split())[:100]})"
         modules = dict(model.named_modules())

@@ -137,3 +137,17 @@ def test_what_cannot_be_folded_is_attacked_as_it_is(
     with caplog.at_level(logging.INFO):
         assert Folded(model, images()[0]).current() is model
     assert reason in caplog.text
+
+
+class Remembering(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        logits: Tensor = self.net(x)
+        return logits
+
+
+def test_tracing_leaves_nothing_behind_in_the_model() -> None:
+    model, (x, _) = Remembering(), images()
+    train(model.net)
+    assert Folded(model, x).current() is not model
+    assert isinstance(model.last, Tensor)
