@@ -89,11 +89,31 @@ class DataConfig(Section):
 
 class ModelConfig(Section):
     name: str = "resnet9"
-    """A reference network: cnn, resnet9."""
+    """A reference network (cnn, resnet9), `huggingface` (the image classifier in `directory`), or `timm:NAME`."""
+    directory: Path | None = None
+    """With config.json and model.safetensors, as save_pretrained writes them: where huggingface's and timm's weights
+    come from. Nothing is downloaded."""
+    image_size: Count | None = None
+    """Pixels a side to which huggingface's and timm's models resize images inside; null: what they were made for where
+    they take no other, else images stay as they are."""
     weights: Path | None = None
     """Start from this file (models/*.pt of another run) instead of random weights."""
     channels_last: bool = False
     """Memory format; with bf16 about twice as fast on CPUs."""
+
+    @model_validator(mode="after")
+    def _directory_fits_the_name(self) -> ModelConfig:
+        if self.name == "huggingface" and self.directory is None and self.weights is None:
+            raise ValueError("name huggingface needs a directory with config.json and model.safetensors")
+        if not self.is_from_library and (self.directory is not None or self.image_size is not None):
+            which = "directory" if self.directory is not None else "image_size"
+            raise ValueError(f"{which} goes with name huggingface or timm:NAME, got name {self.name}")
+        return self
+
+    @property
+    def is_from_library(self) -> bool:
+        """Whether another library builds it."""
+        return self.name == "huggingface" or self.name.startswith("timm:")
 
 
 class ScheduleConfig(Section):
@@ -331,12 +351,12 @@ def dump(config: Config) -> str:
 
 def absolute(config: Config) -> Config:
     """Paths made absolute, for workers that run in another directory."""
-    changed = {
+    changed: dict[str, Section] = {
         "run": config.run.model_copy(update={"dir": config.run.dir.absolute()}),
         "data": config.data.model_copy(update={"path": config.data.path.absolute()}),
     }
-    if config.model.weights is not None:
-        changed["model"] = config.model.model_copy(update={"weights": config.model.weights.absolute()})
+    given = {"weights": config.model.weights, "directory": config.model.directory}
+    changed["model"] = config.model.model_copy(update={key: path.absolute() for key, path in given.items() if path})
     return config.model_copy(update=changed)
 
 

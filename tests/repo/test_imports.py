@@ -36,7 +36,11 @@ LIBRARIES = {  # the only rooms that may import them, at any depth of the code
     "foolbox": {"adversarial"},
     "click": {"cli"},
     "pyarrow": {"data"},
+    "transformers": {"models"},
+    "timm": {"models"},
+    "safetensors": {"models"},
 }
+ONE_FILE = {"transformers": "huggingface.py", "timm": "timm.py"}  # and in it only
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -69,6 +73,12 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
     found = {name.split(".")[0] for name in _imported(path)}
     strangers = {library for library in found & LIBRARIES.keys() if _room(path) not in LIBRARIES[library]}
     assert not strangers
+
+
+@pytest.mark.parametrize("library", ONE_FILE)
+def test_a_library_with_one_file_is_imported_nowhere_else(library: str) -> None:
+    importing = [p.name for p in FILES if any(name.split(".")[0] == library for name in _imported(p))]
+    assert importing == [ONE_FILE[library]]
 
 
 def test_compression_knows_no_distributed_torch() -> None:
