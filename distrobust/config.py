@@ -32,6 +32,7 @@ def _fraction(value: object) -> object:
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Multiplier = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Budget = Annotated[float, BeforeValidator(_fraction), Field(ge=0.0, allow_inf_nan=False)]
 
@@ -100,6 +101,9 @@ class ModelConfig(Section):
     """Start from this file (models/*.pt of another run) instead of random weights."""
     channels_last: bool = False
     """Memory format; with bf16 about twice as fast on CPUs."""
+    rates: dict[str, Multiplier] = {}
+    """During `train`: pattern over parameter names -> what their rate is multiplied with; 0 freezes them, batch-norm
+    statistics included, and sends nothing. Of several patterns the last counts."""
 
     @model_validator(mode="after")
     def _directory_fits_the_name(self) -> ModelConfig:
@@ -316,6 +320,7 @@ class Config(Section):
         kept = {key: values[key] for key in ("data", "model", "pretrain", "train", "attack", "compress", "noise")}
         for harmless in ("cache", "memory_limit_bytes"):  # neither changes the order of the rows
             kept["data"].pop(harmless)
+        kept["model"]["rates"] = list(kept["model"]["rates"].items())  # whose order counts
         return {"seed": self.run.seed, **kept}
 
 

@@ -31,7 +31,7 @@ from distrobust.metrics import Fanout, Sink, jsonl
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
 from distrobust.optim.schedules import Schedule, batch_factor
-from distrobust.train import checkpoint, loop, scoring
+from distrobust.train import checkpoint, loop, scoring, transfer
 from distrobust.train.checkpoint import Position
 from distrobust.train.modelfile import (
     Architecture,
@@ -179,6 +179,9 @@ class _Job:
 
     def _start(self, source: Source) -> Start:
         start = starting_model(self.config.model, source, self.config.run.seed)
+        if rates := self.config.model.rates:  # wrong patterns are found before pre-training, not after it
+            text = f"train: {transfer.describe(start.net, transfer.multipliers(start.net, rates))}"
+            start = dataclasses.replace(start, notices=(*start.notices, text))
         if self.config.model.channels_last:
             scoring.to_memory_format(start.net, torch.channels_last)
         start.net.to(self.device)
@@ -230,6 +233,7 @@ class _Job:
             phase.recipe.num_steps,
             Transport(),
             self.device,
+            self.config.model.rates if tuning else None,
         )
 
     def _export(self, net: nn.Module, phase: str, architecture: Architecture, source: Source) -> None:

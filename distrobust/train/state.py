@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from distrobust.comm.transport import Transport
 from distrobust.config import CompressConfig, NoiseConfig, PhaseConfig
 from distrobust.optim.accuracy_gradient import AccuracyGradient
 from distrobust.optim.adaptive import NoiseAdaptive
+from distrobust.train import transfer
 from distrobust.train.checkpoint import Loaded, Position
 
 
@@ -32,6 +34,14 @@ class TrainState:
     adaptive: NoiseAdaptive | None  # around `optimizer`
     accuracy_gradient: AccuracyGradient | None
     samples: int = 0
+    multipliers: Mapping[str, float] = field(default_factory=dict)  # of the rate, by parameter; empty: all 1
+    frozen_norms: list[nn.Module] = field(default_factory=list)  # they stay in evaluation mode
+
+    def ratios(self) -> dict[str, float]:
+        """Each parameter's rate over the schedule's: multiplier times what its noise allows. Empty: 1 for all."""
+        measured = {} if self.adaptive is None else self.adaptive.ratios
+        names = dict.fromkeys([*self.multipliers, *measured])
+        return {name: self.multipliers.get(name, 1.0) * measured.get(name, 1.0) for name in names}
 
     def shared(self) -> dict[str, Any]:
         """The same on every rank."""
@@ -82,11 +92,17 @@ def make_state(
     num_steps: int,
     transport: Transport,
     device: torch.device,
+    rates: Mapping[str, float] | None = None,
 ) -> TrainState:
-    """A phase at its first step. Without `compress` the hook runs dense, which is DDP with SGD to the bit."""
+    """A phase at its first step. Without `compress` the hook runs dense, which is DDP with SGD to the bit.
+
+    rates: see ModelConfig; parameters of `net` are frozen by it for good.
+    """
+    multipliers = transfer.multipliers(net, rates) if rates else {}
+    frozen_norms = transfer.freeze_(net, multipliers) if rates else []
     ddp = _wrap(net, transport, device)
     optimizer = torch.optim.SGD(
-        net.parameters(),
+        transfer.parameter_groups(net, multipliers, phase.schedule.peak) if rates else net.parameters(),
         lr=phase.schedule.peak,
         momentum=phase.momentum,
         nesterov=phase.nesterov,
@@ -103,7 +119,17 @@ def make_state(
         transport=None if chosen.exchange in ("auto", "hierarchical") else transport,
     )
     controller = AccuracyGradient(**phase.accuracy_gradient.model_dump()) if phase.accuracy_gradient else None
-    return TrainState(position, net, ddp, optimizer, compression, adaptive, controller)
+    return TrainState(
+        position,
+        net,
+        ddp,
+        optimizer,
+        compression,
+        adaptive,
+        controller,
+        multipliers=multipliers,
+        frozen_norms=frozen_norms,
+    )
 
 
 def _wrap(net: nn.Module, transport: Transport, device: torch.device) -> DistributedDataParallel:
