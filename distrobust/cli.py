@@ -141,6 +141,29 @@ def evaluate(
 
 
 @commands.command()
+@_FILE
+@_SET
+@click.option("--generations", default=4, show_default=True, type=click.IntRange(1), help="More of them continue.")
+@click.option("--population", default=6, show_default=True, type=click.IntRange(2), help="Candidates of a generation.")
+@click.option("--choices", default="0,0.1,1", show_default=True, help="Multipliers a layer may get; 0 freezes it.")
+def search(file: Path, overrides: tuple[str, ...], generations: int, population: int, choices: str) -> None:
+    """Search for model.rates: which layers to freeze, and how fast to train the others (P-Transfer).
+
+    Each candidate is a run of FILE with one worker in this process, below run.dir; keep train.epochs small. The best is
+    the one of highest robust accuracy on held-out rows. Starting again continues.
+    """
+    from distrobust.train import transfer_search
+
+    try:
+        multipliers = [float(choice) for choice in choices.split(",")]
+    except ValueError:
+        raise ConfigError(f"search --choices: got {choices!r}, wanted numbers such as 0,0.1,1") from None
+    config = configuration.absolute(configuration.load(file, overrides))
+    for line in transfer_search.command(config, generations, population, multipliers):
+        click.echo(line)
+
+
+@commands.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write RUN/report.html."""

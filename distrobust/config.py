@@ -266,6 +266,8 @@ class EvaluateConfig(Section):
     """Per rank."""
     eps: Annotated[Budget, Field()] | None = None
     """null: attack.eps."""
+    test: bool = True
+    """false: leave the test file for later; only held-out rows are evaluated, after each epoch."""
 
 
 class MetricsConfig(Section):

@@ -148,7 +148,8 @@ class _Job:
                 saved = "a checkpoint was" if ended is loop.End.SAVED else "no checkpoint could be"
                 return Outcome("stopped", text=f"{place}; {saved} written")
             self._export(net, name, architecture, source)
-        self._evaluate(test, architecture, source, rank, num_ranks)
+        if self.config.evaluate.test:
+            self._evaluate(test, architecture, source, rank, num_ranks)
         self._emit({"event": "done", "seconds": time.perf_counter() - started})
         return Outcome("done")
 
