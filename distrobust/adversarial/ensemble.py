@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -76,7 +76,7 @@ def reestimate_(
 
 
 @contextmanager
-def _counting_anew(model: nn.Module, norms: list[Any]) -> Any:
+def _counting_anew(model: nn.Module, norms: list[Any]) -> Iterator[None]:
     """`norms` start from nothing and take the plain mean over all batches; all other modules in evaluation mode."""
     flags = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
@@ -102,12 +102,10 @@ def _check_same(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
         for name in pretrained
         if name in finetuned and _kind(pretrained[name]) != _kind(finetuned[name])
     ]
-    kinds = (("only before", missing), ("only after", unexpected), ("different", other))
-    problems = [f"{len(names)} {kind} fine-tuning ({names[0]})" for kind, names in kinds if names]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("different", other))
+    problems = [f"{len(names)} {kind} after fine-tuning ({names[0]})" for kind, names in kinds if names]
     if problems:
-        raise ModelError(
-            f"ensemble: the weights are not of one model: {', '.join(problems)}; give those before and after fine-tuning"
-        )
+        raise ModelError(f"ensemble: these are not weights of one model: {', '.join(problems)}")
 
 
 def _kind(tensor: Tensor) -> str:

@@ -85,9 +85,9 @@ def test_weights_of_two_models_are_named_in_one_line() -> None:
     text = str(caught.value)
     assert "\n" not in text
     for part in (
-        "1 only before fine-tuning (half)",
-        "1 only after fine-tuning (extra)",
-        "2 different fine-tuning (weight is (4, 3) float32 and (4, 2) float32)",
+        "1 missing after fine-tuning (half)",
+        "1 unexpected after fine-tuning (extra)",
+        "2 different after fine-tuning (weight is (4, 3) float32 and (4, 2) float32)",
     ):
         assert part in text
 

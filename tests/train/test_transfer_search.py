@@ -8,15 +8,17 @@ import pytest
 import yaml
 from torch import nn
 
+from distrobust import data
 from distrobust.config import Config
 from distrobust.errors import ConfigError
 from distrobust.models import build
 from distrobust.train import launch, loop, transfer_search
+from distrobust.train.modelfile import build_model, save_model_file
 from distrobust.train.rundir import RunDirectory
 from distrobust.train.state import TrainState
 from distrobust.train.step import StepResult, train_step
 from distrobust.train.transfer_search import Result, children, command, layer_groups, ranked, search, table
-from tests.harness.jobs import Crash, records_of, run_job
+from tests.harness.jobs import Crash, records_of
 from tests.train.conftest import MakeConfig
 
 CHOICES = (0.0, 0.1, 1.0)
@@ -74,11 +76,11 @@ def test_groups_are_top_level_modules_or_the_parts_of_the_largest() -> None:
 
 
 @pytest.fixture
-def make_search(make_config: MakeConfig, tmp_path: Path) -> MakeConfig:
-    """make_search("a.b=c", ...): a search from a model that was trained for an epoch, in a directory of its own."""
-    natural = make_config("attack=null", "noise=null", "train.epochs=1", f"run.dir={tmp_path / 'natural'}")
-    run_job(natural)
-    weights = natural.run.dir / "models/pre-trained.pt"
+def make_search(make_config: MakeConfig, stripes: Path, tmp_path: Path) -> MakeConfig:
+    """make_search("a.b=c", ...): a search from one file of weights, which nobody trained."""
+    weights = tmp_path / "before.pt"
+    source = data.describe(stripes, "train")
+    save_model_file(weights, build_model("cnn", source, 0), "cnn", source)
 
     def make(*overrides: str) -> Config:
         return make_config(
