@@ -18,7 +18,7 @@ from torch import nn
 from distrobust.errors import ConfigError, ModelError
 from distrobust.models.adapted import Adapted
 from distrobust.models.library import FromDirectory, ImageShape
-from distrobust.models.preprocessing import fitted, read_json, standardisation
+from distrobust.models.preprocessing import fitted, read_json, standardisation, trained_side
 from distrobust.models.reference import seeded
 from distrobust.models.weights import first_of
 
@@ -50,9 +50,13 @@ def load(
     new = [name for name in network.state_dict() if name in report["missing_keys"] or name in others]
     if not set(new) <= head:
         _refuse_weights(directory, sorted(report["missing_keys"]), sorted(others), sorted(report["unexpected_keys"]))
-    channels = int(getattr(config, "num_channels", 3))
+    vision = getattr(config, "vision_config", config)  # of models that know text too
+    channels = int(getattr(vision, "num_channels", 3))
     mean, std, assumed = standardisation(directory, channels)
-    size, resized = fitted(image_shape, channels, _only_size(config), image_size, str(directory))
+    size, resized = fitted(image_shape, channels, _size_of(vision), image_size, str(directory))
+    side = trained_side(directory)
+    if size is None and side is not None and side not in image_shape[1:]:
+        resized += (f"trained on {side} x {side} pixels, gets them as they are; model.image_size={side} resizes them",)
     architecture = {
         "library": "huggingface",
         "config": {k: v for k, v in _plain(config).items() if k not in _NOT_KEPT} | {"dtype": "float32"},
@@ -139,8 +143,8 @@ def _plain(config: Any) -> dict[str, Any]:
     return values
 
 
-def _only_size(config: Any) -> tuple[int, int] | None:
-    """(height, width) of a network with position embeddings or windows; None where any size will do."""
+def _size_of(config: Any) -> tuple[int, int] | None:
+    """(height, width) a network was made for; None where any size will do."""
     size = getattr(config, "image_size", None)
     if size is None:
         return None

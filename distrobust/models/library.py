@@ -56,7 +56,15 @@ def from_directory(
         from distrobust.models import timm
 
         made = timm.load(name.removeprefix(TIMM), directory, num_classes, image_shape, image_size, seed)
-    unused = freeze_unused_(made.model, image_shape)
+    try:
+        unused = freeze_unused_(made.model, image_shape)
+    except Exception as error:  # whatever the library raises
+        _, height, width = image_shape
+        seen = f"{height} x {width}" if image_size is None else f"{image_size} x {image_size}"
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(
+            f"model {name}: cannot take images of {seen} pixels ({reason}); set model.image_size to what it takes"
+        ) from error
     notices = [f"{len(unused)} parameters are never used and stay as they are ({first_of(unused)})"] if unused else []
     return FromDirectory(made.model, made.architecture, (*made.notices, *notices))
 

@@ -36,6 +36,15 @@ def standardisation(directory: Path, num_channels: int) -> tuple[tuple[float, ..
     return tuple((number + offset) / r for number in mean), tuple(number / r for number in std), ()
 
 
+def trained_side(directory: Path) -> int | None:
+    """Pixels a side of the images the weights were trained on, as preprocessor_config.json knows it; None if not."""
+    values = read_json(directory / FILE) or {}
+    size = values.get("crop_size") if values.get("do_center_crop") else values.get("size")
+    if isinstance(size, Mapping):
+        size = size.get("height", size.get("shortest_edge"))
+    return size if isinstance(size, int) else None
+
+
 def fitted(
     image_shape: tuple[int, int, int],
     num_channels: int,
@@ -45,7 +54,8 @@ def fitted(
 ) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
     """(size to resize to or None, notices) for images of `image_shape` and a network of `num_channels`.
 
-    wanted: the only (height, width) the network takes, None for any; image_size: the side that was asked for.
+    wanted: the (height, width) the network was made for, None for any; image_size: the side that was asked for, which
+    wins. Raises ModelError for channels that do not fit.
     """
     channels, height, width = image_shape
     notices = []
@@ -53,14 +63,7 @@ def fitted(
         raise ModelError(f"{where}: takes images of {num_channels} channels, the data set's have {channels}")
     if channels != num_channels:
         notices.append(f"gray images are repeated into {num_channels} channels inside the model")
-    size = wanted
-    if image_size is not None:
-        size = (image_size, image_size)
-        if wanted is not None and size != wanted:
-            raise ModelError(
-                f"model.image_size: got {image_size}, but {where} takes {wanted[0]} x {wanted[1]} pixels only; "
-                "leave it out"
-            )
+    size = wanted if image_size is None else (image_size, image_size)
     if size == (height, width):
         size = None
     if size is not None:

@@ -129,6 +129,17 @@ def test_the_network_sees_the_range_its_preprocessor_made(
     assert [text.split(" in ")[0] for text in made.notices] == ([] if preprocessor else ["no preprocessor_config.json"])
 
 
+def test_images_of_another_size_than_trained_on_stay_and_it_is_said(tmp_path: Path) -> None:
+    write_resnet(tmp_path, 4, do_normalize=False, size={"shortest_edge": 24})
+    assert load(tmp_path).notices == (
+        "trained on 24 x 24 pixels, gets them as they are; model.image_size=24 resizes them",
+    )
+    assert load(tmp_path, image_size=24).notices == (
+        "images of 16 x 16 pixels are resized to 24 x 24 inside the model",
+    )
+    assert load(tmp_path, shape=(3, 24, 24)).notices == ()
+
+
 def test_a_parameter_no_logit_depends_on_is_frozen_and_said(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import ViTForImageClassification
 
@@ -204,7 +215,11 @@ def test_a_directory_of_something_else_is_one_line(tmp_path: Path, damage: Any, 
     [
         ({"image_mean": [0.5]}, {}, r"image_mean is \[0\.5\], wanted 3 numbers"),
         ({"image_std": [0.5, 0.0, 0.5]}, {}, "must be above 0"),
-        ({"do_normalize": False}, {"image_size": 24}, r"model\.image_size: got 24, .* takes 16 x 16 pixels only"),
+        (
+            {"do_normalize": False},
+            {"image_size": 24},
+            r"cannot take images of 24 x 24 pixels .* set model\.i",
+        ),
         ({"do_normalize": False}, {"shape": (4, 16, 16)}, "takes images of 3 channels, the data set's have 4"),
     ],
 )
