@@ -141,6 +141,80 @@ def evaluate(
 
 
 @commands.command()
+@_FILE
+@_SET
+@click.option("--generations", default=4, show_default=True, type=click.IntRange(1), help="More of them continue.")
+@click.option("--population", default=6, show_default=True, type=click.IntRange(2), help="Candidates of a generation.")
+@click.option("--choices", default="0,0.1,1", show_default=True, help="Multipliers a layer may get; 0 freezes it.")
+def search(file: Path, overrides: tuple[str, ...], generations: int, population: int, choices: str) -> None:
+    """Search for model.rates: which layers to freeze, and how fast to train the others (P-Transfer).
+
+    Each candidate is a run of FILE with one worker in this process, below run.dir; keep train.epochs small. The best is
+    the one of highest robust accuracy on held-out rows. Starting again continues.
+    """
+    from distrobust.train import transfer_search
+
+    try:
+        multipliers = [float(choice) for choice in choices.split(",")]
+    except ValueError:
+        raise ConfigError(f"search --choices: got {choices!r}, wanted numbers such as 0,0.1,1") from None
+    config = configuration.absolute(configuration.load(file, overrides))
+    for line in transfer_search.command(config, generations, population, multipliers):
+        click.echo(line)
+
+
+@commands.command()
+@click.argument("pre_trained", type=click.Path(path_type=Path))
+@click.argument("fine_tuned", type=click.Path(path_type=Path))
+@click.option("--data", "data_path", required=True, type=click.Path(path_type=Path), help="Directory of the data set.")
+@click.option("--alphas", default=11, show_default=True, type=click.IntRange(2), help="Mixtures, both ends included.")
+@click.option("--eps", multiple=True, default=["8/255"], show_default=True, help="Repeatable; the first decides.")
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="PGD steps.")
+@click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Images attacked; 0: all.")
+@click.option(
+    "--statistics",
+    type=click.Choice(["none", "clean", "adversarial"]),
+    default="none",
+    show_default=True,
+    help="Training images to re-estimate batch-norm statistics on; clean ones trade robustness for clean accuracy.",
+)
+@click.option("--held-out", type=click.FloatRange(0, 1, True, True), help="Share; default: that of FINE_TUNED's run.")
+@click.option("--seed", type=click.IntRange(0), help="Of the held-out rows; default: that of FINE_TUNED's run.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory for ensemble.json and its plot.")
+@click.option("--write", metavar="A", help="Also write this mixture (a number, or best) as a model file into --out.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="torch threads; 0: all cores.")
+def ensemble(
+    pre_trained: Path,
+    fine_tuned: Path,
+    data_path: Path,
+    eps: tuple[str, ...],
+    norm: str,
+    alphas: int,
+    write: str | None,
+    threads: int,
+    **others: Any,
+) -> None:
+    """Mix two model files, (1 - a) PRE_TRAINED + a FINE_TUNED, and choose a on held-out rows (WiSE-FT).
+
+    Clean and PGD accuracy of every mixture on the rows that FINE_TUNED's run held out; then the test numbers of the
+    chosen one and of both ends.
+    """
+    from distrobust import report_ensemble
+    from distrobust.train import ensembling
+
+    if others["out"] is not None:
+        report_ensemble.check()
+    lines = ensembling.command(pre_trained, fine_tuned, data_path, eps, norm, alphas, write, threads, **others)
+    for line in lines:
+        click.echo(line)
+    if others["out"] is not None:
+        plot = others["out"] / "ensemble.svg"
+        report_ensemble.draw(others["out"] / ensembling.RECORD, plot)
+        click.echo(f"written: {plot}")
+
+
+@commands.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write RUN/report.html."""

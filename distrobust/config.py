@@ -32,6 +32,7 @@ def _fraction(value: object) -> object:
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Multiplier = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Budget = Annotated[float, BeforeValidator(_fraction), Field(ge=0.0, allow_inf_nan=False)]
 
@@ -89,11 +90,34 @@ class DataConfig(Section):
 
 class ModelConfig(Section):
     name: str = "resnet9"
-    """A reference network: cnn, resnet9."""
+    """A reference network (cnn, resnet9), `huggingface` (the image classifier in `directory`), or `timm:NAME`."""
+    directory: Path | None = None
+    """With config.json and model.safetensors, as save_pretrained writes them: where huggingface's and timm's weights
+    come from. Nothing is downloaded."""
+    image_size: Count | None = None
+    """Pixels a side to which huggingface's and timm's models resize images inside; null: what they were made for where
+    they take no other, else images stay as they are."""
     weights: Path | None = None
     """Start from this file (models/*.pt of another run) instead of random weights."""
     channels_last: bool = False
     """Memory format; with bf16 about twice as fast on CPUs."""
+    rates: dict[str, Multiplier] = {}
+    """During `train`: pattern over parameter names -> what their rate is multiplied with; 0 freezes them, batch-norm
+    statistics included, and sends nothing. Of several patterns the last counts."""
+
+    @model_validator(mode="after")
+    def _directory_fits_the_name(self) -> ModelConfig:
+        if self.name == "huggingface" and self.directory is None and self.weights is None:
+            raise ValueError("name huggingface needs a directory with config.json and model.safetensors")
+        if not self.is_from_library and (self.directory is not None or self.image_size is not None):
+            which = "directory" if self.directory is not None else "image_size"
+            raise ValueError(f"{which} goes with name huggingface or timm:NAME, got name {self.name}")
+        return self
+
+    @property
+    def is_from_library(self) -> bool:
+        """Whether another library builds it."""
+        return self.name == "huggingface" or self.name.startswith("timm:")
 
 
 class ScheduleConfig(Section):
@@ -266,6 +290,8 @@ class EvaluateConfig(Section):
     """Per rank."""
     eps: Annotated[Budget, Field()] | None = None
     """null: attack.eps."""
+    test: bool = True
+    """false: leave the test file for later; only held-out rows are evaluated, after each epoch."""
 
 
 class MetricsConfig(Section):
@@ -320,6 +346,7 @@ class Config(Section):
         kept = {key: values[key] for key in ("data", "model", "pretrain", "train", "attack", "compress", "noise")}
         for harmless in ("cache", "memory_limit_bytes"):  # neither changes the order of the rows
             kept["data"].pop(harmless)
+        kept["model"]["rates"] = list(kept["model"]["rates"].items())  # whose order counts
         return {"seed": self.run.seed, **kept}
 
 
@@ -355,12 +382,12 @@ def dump(config: Config) -> str:
 
 def absolute(config: Config) -> Config:
     """Paths made absolute, for workers that run in another directory."""
-    changed = {
+    changed: dict[str, Section] = {
         "run": config.run.model_copy(update={"dir": config.run.dir.absolute()}),
         "data": config.data.model_copy(update={"path": config.data.path.absolute()}),
     }
-    if config.model.weights is not None:
-        changed["model"] = config.model.model_copy(update={"weights": config.model.weights.absolute()})
+    given = {"weights": config.model.weights, "directory": config.model.directory}
+    changed["model"] = config.model.model_copy(update={key: path.absolute() for key, path in given.items() if path})
     return config.model_copy(update=changed)
 
 

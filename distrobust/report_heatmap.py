@@ -44,7 +44,9 @@ def heat_maps(phases: Sequence[Phase], restarts: Sequence[int]) -> list[Figure]:
     with matplotlib.rc_context(STYLE | _ROOM):
         if any(value != 1 for one in ratios for value in one.values.values()):
             title = "Learning-rate ratio per layer group"
-            caption = "What gradient noise makes of the scheduled rate, on average over a group; 1 is all of it."
+            caption = (
+                "What gradient noise and model.rates make of the scheduled rate, mean over a group; 1 is all of it."
+            )
             maps.append(_figure(phases, restarts, list(groups), ratios, _ratio_edges(ratios), title, caption))
         if any(value > 0 for one in noise for value in one.values.values()):
             title = "Gradient noise per layer group"

@@ -29,6 +29,8 @@ def _run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["evaluate", "nowhere.pt", "--data", "x"], "no such file"),
         (["evaluate", "nowhere.pt", "--data", "x", "--eps", "8"], "did you mean 8/255"),
         (["evaluate", "nowhere.pt"], "Missing option '--data'"),
+        (["search", "launch/digits.yaml"], "search: wanted a pre-trained model"),
+        (["search", "launch/digits.yaml", "--choices", "0,x"], "--choices: got '0,x', wanted numbers"),
         (["fly"], "No such command 'fly'"),
     ],
 )

@@ -31,9 +31,16 @@ from distrobust.metrics import Fanout, Sink, jsonl
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
 from distrobust.optim.schedules import Schedule, batch_factor
-from distrobust.train import checkpoint, loop, scoring
+from distrobust.train import checkpoint, loop, scoring, transfer
 from distrobust.train.checkpoint import Position
-from distrobust.train.modelfile import build_model, load_model_file, save_model_file
+from distrobust.train.modelfile import (
+    Architecture,
+    Start,
+    build_model,
+    load_model_file,
+    save_model_file,
+    starting_model,
+)
 from distrobust.train.rundir import Outcome, RunDirectory
 from distrobust.train.state import TrainState, make_state
 from distrobust.train.step import Recipe, replays
@@ -96,8 +103,13 @@ class _Job:
         train_rows, held_out_rows = data.split_held_out(source, self.config.data.held_out, self.config.run.seed)
         train = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, train_rows))
         held_out = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, held_out_rows))
-        net = self._on_all_ranks(lambda: self._build(source))
-        phases = [self._phase(name, train, held_out, source) for name in PHASES]
+        start = self._on_all_ranks(lambda: self._start(source))
+        net, architecture = start.net, start.architecture
+
+        def export(net: nn.Module, name: str) -> None:
+            self._export(net, name, architecture, source)
+
+        phases = [self._phase(name, train, held_out, export) for name in PHASES]
         restored = checkpoint.load(self.directory.checkpoints, Transport())
         self._emit(
             {
@@ -116,8 +128,10 @@ class _Job:
                 "resumed_phase": restored.position.phase if restored else None,
             }
         )
-        for text in self.notices:
+        for text in [*self.notices, *start.notices]:
             self._emit({"event": "notice", "text": text})
+        if self._starts_from_directory and restored is None:
+            export(scoring.averaged(net, Transport()), MODEL_NAMES["pretrain"])  # evaluated beside the fine-tuned model
         for ordinal, (name, phase) in enumerate(zip(PHASES, phases, strict=True)):
             if phase is None or (restored is not None and restored.position.ordinal > ordinal):
                 continue
@@ -139,8 +153,9 @@ class _Job:
                 saved = "a checkpoint was" if ended is loop.End.SAVED else "no checkpoint could be"
                 return Outcome("stopped", text=f"{place}; {saved} written")
             state.adopt_average()
-            self._export(scoring.averaged(net, Transport()), MODEL_NAMES[name], source)
-        self._evaluate(test, source, rank, num_ranks)
+            export(scoring.averaged(net, Transport()), MODEL_NAMES[name])
+        if self.config.evaluate.test:
+            self._evaluate(test, architecture, source, rank, num_ranks)
         self._emit({"event": "done", "seconds": time.perf_counter() - started})
         return Outcome("done")
 
@@ -169,15 +184,19 @@ class _Job:
             rows=rows,
         )
 
-    def _build(self, source: Source) -> nn.Module:
-        net = build_model(self.config.model.name, source, self.config.run.seed)
-        if self.config.model.weights is not None:
-            load_model_file(net, self.config.model.weights)
+    def _start(self, source: Source) -> Start:
+        start = starting_model(self.config.model, source, self.config.run.seed)
+        if rates := self.config.model.rates:  # wrong patterns are found before pre-training, not after it
+            text = f"train: {transfer.describe(start.net, transfer.multipliers(start.net, rates))}"
+            start = dataclasses.replace(start, notices=(*start.notices, text))
         if self.config.model.channels_last:
-            scoring.to_memory_format(net, torch.channels_last)
-        return net.to(self.device)
+            scoring.to_memory_format(start.net, torch.channels_last)
+        start.net.to(self.device)
+        return start
 
-    def _phase(self, name: str, train: Shard, held_out: Shard, source: Source) -> loop.Phase | None:
+    def _phase(
+        self, name: str, train: Shard, held_out: Shard, export: Callable[[nn.Module, str], None]
+    ) -> loop.Phase | None:
         """None for a phase that is not configured; raises ConfigError for one that cannot be run on this data."""
         config, tuning = self.config, name == "train"
         settings: PhaseConfig | None = getattr(config, name)
@@ -213,7 +232,7 @@ class _Job:
             self.directory,
             self._emit,
             self.stop_requested,
-            lambda net: self._export(net, MODEL_NAMES[name] + BEST, source),
+            lambda net: export(net, MODEL_NAMES[name] + BEST),
         )
 
     def _schedule(self, name: str, settings: PhaseConfig) -> Schedule:
@@ -239,18 +258,29 @@ class _Job:
             phase.recipe.num_steps,
             Transport(),
             self.device,
+            self.config.model.rates if tuning else None,
         )
 
-    def _export(self, net: nn.Module, name: str, source: Source) -> None:
+    def _export(self, net: nn.Module, name: str, architecture: Architecture, source: Source) -> None:
         """net: the same on every rank."""
         if dist.get_rank() == 0:
-            save_model_file(self._model_path(name), net, self.config.model.name, source)
+            save_model_file(self._model_path(name), net, architecture, source)
         Transport().gather_rows(torch.zeros(1))  # no rank reads it before it is there
 
     def _model_path(self, name: str) -> Path:
         return self.directory.models / f"{name}.pt"
 
-    def _evaluate(self, test: Source, source: Source, rank: int, num_ranks: int) -> None:
+    def _model_before(self) -> Path | None:
+        """The model file of before the fine-tuning; None if that started from random weights."""
+        written = self.config.pretrain is not None or self._starts_from_directory
+        return self._model_path("pre-trained") if written else self.config.model.weights
+
+    @property
+    def _starts_from_directory(self) -> bool:
+        model = self.config.model
+        return model.directory is not None and model.weights is None and self.config.pretrain is None
+
+    def _evaluate(self, test: Source, architecture: Architecture, source: Source, rank: int, num_ranks: int) -> None:
         """Clean and PGD accuracy on the test file, of the model before and after fine-tuning."""
         settings, attack = self.config.evaluate, self.config.attack
         shard = self._on_all_ranks(lambda: self._shard(test, rank, num_ranks, None))
@@ -258,14 +288,13 @@ class _Job:
         if attack is not None:
             eps = attack.eps if settings.eps is None else settings.eps
             attacks.append((Attack("pgd", steps=settings.steps), Threat(attack.norm, eps), settings.images))
-        before = self.config.model.weights if self.config.pretrain is None else self._model_path("pre-trained")
-        models = {"pre-trained": before, "fine-tuned": self._model_path("fine-tuned")}
+        models = {"pre-trained": self._model_before(), "fine-tuned": self._model_path("fine-tuned")}
         if self.config.train.patience is not None:
             models["fine-tuned" + BEST] = self._model_path("fine-tuned" + BEST)
         for label, path in models.items():
             if path is None:
                 continue
-            net = build_model(self.config.model.name, source, self.config.run.seed).to(self.device)
+            net = build_model(architecture, source, self.config.run.seed).to(self.device)
             self._on_all_ranks(partial(load_model_file, net, path))
             net.eval()
             for chosen, threat, limit in attacks:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from distrobust.comm.transport import Transport
 from distrobust.config import CompressConfig, NoiseConfig, PhaseConfig
 from distrobust.optim.accuracy_gradient import AccuracyGradient
 from distrobust.optim.adaptive import NoiseAdaptive
+from distrobust.train import transfer
 from distrobust.train.checkpoint import Loaded, Position
 
 
@@ -49,8 +51,15 @@ class TrainState:
     """Catastrophic overfitting has been seen."""
     delta: Tensor | None = None
     """Perturbation of free adversarial training, by place in this rank's batch."""
-
     folded: Folded | None = None
+    multipliers: Mapping[str, float] = field(default_factory=dict)  # of the rate, by parameter; empty: all 1
+    frozen_norms: list[nn.Module] = field(default_factory=list)  # they stay in evaluation mode
+
+    def ratios(self) -> dict[str, float]:
+        """Each parameter's rate over the schedule's: multiplier times what its noise allows. Empty: 1 for all."""
+        measured = {} if self.adaptive is None else self.adaptive.ratios
+        names = dict.fromkeys([*self.multipliers, *measured])
+        return {name: self.multipliers.get(name, 1.0) * measured.get(name, 1.0) for name in names}
 
     def attacked(self, x: Tensor) -> nn.Module:
         """What attacks run on: `net`, with its batch norms folded where it can be done. x: any inputs."""
@@ -126,11 +135,17 @@ def make_state(
     num_steps: int,
     transport: Transport,
     device: torch.device,
+    rates: Mapping[str, float] | None = None,
 ) -> TrainState:
-    """A phase at its first step. Without `compress` the hook runs dense, which is DDP with SGD to the bit."""
+    """A phase at its first step. Without `compress` the hook runs dense, which is DDP with SGD to the bit.
+
+    rates: see ModelConfig; parameters of `net` are frozen by it for good.
+    """
+    multipliers = transfer.multipliers(net, rates) if rates else {}
+    frozen_norms = transfer.freeze_(net, multipliers) if rates else []
     ddp = _wrap(net, transport, device)
     optimizer = torch.optim.SGD(
-        net.parameters(),
+        transfer.parameter_groups(net, multipliers, phase.schedule.peak) if rates else net.parameters(),
         lr=phase.schedule.peak,
         momentum=phase.momentum,
         nesterov=phase.nesterov,
@@ -150,7 +165,18 @@ def make_state(
     average: AveragedModel | None = None
     if phase.average is not None:
         average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(phase.average), use_buffers=True)
-    return TrainState(position, net, ddp, optimizer, compression, adaptive, controller, average)
+    return TrainState(
+        position,
+        net,
+        ddp,
+        optimizer,
+        compression,
+        adaptive,
+        controller,
+        average,
+        multipliers=multipliers,
+        frozen_norms=frozen_norms,
+    )
 
 
 def _wrap(net: nn.Module, transport: Transport, device: torch.device) -> DistributedDataParallel:

@@ -100,6 +100,8 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
     kept = [buffer.clone() for buffer in state.net.buffers()]
 
     state.ddp.train()
+    for norm in state.frozen_norms:
+        norm.eval()
     state.optimizer.zero_grad(set_to_none=True)
     state.compression.step_ahead()  # before the attack: it should meet the weights that learn from it
     try:
@@ -112,7 +114,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
     if state.accuracy_gradient is not None:
         rate = state.accuracy_gradient.rate(rate)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_multiplier", 1.0)
     if recipe.phase.gradient_noise is not None:
         shared = generator_at(images.device, recipe.seed, ordinal, step)  # the same on every rank
         gradients = [p.grad for p in state.net.parameters() if p.grad is not None]
@@ -129,7 +131,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         torch.stack([one.correct for one in taken]).sum(),
         len(labels),
         rate,
-        {} if state.adaptive is None else state.adaptive.ratios,
+        state.ratios(),
         finished - started,
         sum(one.attack_s for one in taken),
     )

@@ -18,25 +18,30 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": set(),
     "comm": {"compression"},
     "report": {"metrics", "report_heatmap", "report_plots", "report_story"},
+    "report_ensemble": set(),
     "report_heatmap": {"report_plots", "report_story"},
     "report_plots": {"metrics", "report_story"},
     "report_story": {"metrics"},
     "train": {"adversarial", "comm", "compression", "config", "data", "metrics", "models", "optim"},
     "cluster": {"config", "metrics", "train"},
     "bench": {"comm", "compression", "config", "models"},
-    "cli": {"bench", "cluster", "config", "data", "metrics", "report", "train"},
+    "cli": {"bench", "cluster", "config", "data", "metrics", "report", "report_ensemble", "train"},
     "__main__": {"cli"},
     "__init__": {"comm", "optim"},  # lazily, in its functions
 }
 LIBRARIES = {  # the only rooms that may import them, at any depth of the code
     "ray": {"cluster"},
     "prometheus_client": {"metrics"},
-    "matplotlib": {"bench", "report_heatmap", "report_plots"},
+    "matplotlib": {"bench", "report_ensemble", "report_heatmap", "report_plots"},
     "sklearn": {"data"},
     "foolbox": {"adversarial"},
     "click": {"cli"},
     "pyarrow": {"data"},
+    "transformers": {"models"},
+    "timm": {"models"},
+    "safetensors": {"models"},
 }
+ONE_FILE = {"transformers": "huggingface.py", "timm": "timm.py"}  # and in it only
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -69,6 +74,12 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
     found = {name.split(".")[0] for name in _imported(path)}
     strangers = {library for library in found & LIBRARIES.keys() if _room(path) not in LIBRARIES[library]}
     assert not strangers
+
+
+@pytest.mark.parametrize("library", ONE_FILE)
+def test_a_library_with_one_file_is_imported_nowhere_else(library: str) -> None:
+    importing = [p.name for p in FILES if any(name.split(".")[0] == library for name in _imported(p))]
+    assert importing == [ONE_FILE[library]]
 
 
 def test_compression_knows_no_distributed_torch() -> None:

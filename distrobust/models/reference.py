@@ -1,4 +1,4 @@
-"""Reference networks by name: `cnn` for small images, `resnet9` for CIFAR-sized ones; normalisation inside.
+"""Reference networks, which need no other library: `cnn` for small images, `resnet9` for CIFAR-sized ones.
 
 `resnet9` has the shape of DavidNet (David Page, "How to train your ResNet", 2018) at a quarter of its
 width: prep 16, layer1 32 with a residual of two convolutions, layer2 64, layer3 128 with a residual,
@@ -16,7 +16,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from distrobust.errors import ConfigError, ModelError
 
 MIN_SIDE = 8  # pixels: both networks halve the image up to three times
-_NUM_SHOWN = 3  # names listed per kind in an error of load_weights
 
 
 class Normalise(nn.Module):
@@ -146,43 +146,15 @@ def build(
         if not all(math.isfinite(v) and v > low for v in values):
             wanted = "finite" if what == "mean" else "finite and above 0"
             raise ConfigError(f"model {name}: {what} is {list(values)}; every number must be {wanted}")
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         layers = MODELS[name](num_channels, num_classes)
     return nn.Sequential(OrderedDict(normalise=Normalise(mean, std), **layers))
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, object], source: str) -> None:
-    """Copy `state_dict` (parameters and buffers by name) into `model`, all or nothing.
-
-    source: where the weights come from, named in the error. Tensors of another dtype are converted; the
-    model's device and memory format are kept. Raises ModelError, in one line, naming the first few and
-    the number of names that are missing, unexpected or of another shape; the model is then unchanged.
-    """
-    wanted = model.state_dict()
-    missing = [name for name in wanted if name not in state_dict]
-    unexpected = [name for name in state_dict if name not in wanted]
-    differing = [
-        f"{name} is {_shape(state_dict[name])}, the model's is {_shape(tensor)}"
-        for name, tensor in wanted.items()
-        if name in state_dict and _shape(state_dict[name]) != _shape(tensor)
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
-    problems = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names]
-    if not problems:
-        model.load_state_dict(dict(state_dict))
-        return
-    hint = "was it made by another model, class count or image size?"
-    for prefix in ("module.", "_orig_mod."):
-        if unexpected and all(name.startswith(prefix) for name in unexpected):
-            hint = f"the names start with {prefix!r}: save the state of the inner module, not of its wrapper"
-    raise ModelError(f"{source}: weights do not fit the model: {', '.join(problems)}; {hint}")
-
-
-def _shape(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NUM_SHOWN]) + (", ..." if len(names) > _NUM_SHOWN else "")
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """What is drawn inside follows from `seed`, and torch's global generator is as it was afterwards. None: neither."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
