@@ -33,11 +33,15 @@ Done = Mapping[tuple[str, int], Verdict]  # (trial's key, batch number) -> verdi
 @dataclass(frozen=True)
 class Evaluation:
     """results: in the order of the trials, the worst case over all attacks at the suite's budget after them.
-    expected: None without a curve. flags: with their remedies; each result repeats those that concern it."""
+    expected: None without a curve. flags: with their remedies; each result repeats those that concern it.
+    seconds, forward_images, backward_images: of everything, the probe included, added over processes."""
 
     results: tuple[Result, ...]
     expected: ExpectedRobustness | None
     flags: tuple[Flag, ...]
+    seconds: float
+    forward_images: int
+    backward_images: int
 
 
 def run(
@@ -108,4 +112,12 @@ def summary(
         results.append(result(worst, seed, num_classes, concerning(worst, raised), name))
     clean = next(f for f in findings if f.trial.kind == "clean")
     curve = [f for f in findings if f.trial.role == "curve"]
-    return Evaluation(tuple(results), expected_robustness(clean, curve), raised)
+    verdicts = [verdict for finding in findings for verdict in finding.verdicts]
+    return Evaluation(
+        tuple(results),
+        expected_robustness(clean, curve),
+        raised,
+        seconds=sum(verdict.seconds for verdict in verdicts),
+        forward_images=sum(verdict.forward for verdict in verdicts),
+        backward_images=sum(verdict.backward for verdict in verdicts),
+    )

@@ -60,7 +60,7 @@ class Trial:
         return f"{self.kind}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def describe(self) -> str:
-        """'clean', 'PGD-20 x 5 Linf 8/255', 'AutoAttack, + APGD-T Linf 8/255'; after all four 'AutoAttack Linf 8/255'."""
+        """'clean', 'PGD-20 x 5 Linf 8/255', 'AutoAttack, + APGD-T Linf 8/255', after all four 'AutoAttack Linf 8/255'."""
         if self.threat is None:
             return self.kind
         times = f" x {self.restarts}" if self.restarts > 1 else ""
@@ -139,7 +139,7 @@ def _attacked(
     """(B,) bool: those of `stands` that still stand after every restart. Examples are made on `maker`."""
     threat = trial.threat
     assert threat is not None
-    if trial.kind != "square" and stands.any() and not differentiable(maker, x[:1]):
+    if trial.kind != "square" and trial.restarts and stands.any() and not differentiable(maker, x[:1]):
         whose = "the model" if maker is model else "the source model"
         raise ModelError(
             f"{trial.describe()}: the output of {whose} has no gradient with respect to its input (a detach, a "

@@ -18,22 +18,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": set(),
     "comm": {"compression"},
     "report": {"metrics", "report_heatmap", "report_plots", "report_story"},
+    "report_evaluation": set(),
     "report_heatmap": {"report_plots", "report_story"},
     "report_plots": {"metrics", "report_story"},
     "report_story": {"metrics"},
     "train": {"adversarial", "comm", "compression", "config", "data", "metrics", "models", "optim"},
     "cluster": {"config", "metrics", "train"},
     "bench": {"comm", "compression", "config", "models"},
-    "cli": {"bench", "cluster", "config", "data", "metrics", "report", "train"},
+    "cli": {"adversarial", "bench", "cluster", "config", "data", "metrics", "report", "report_evaluation", "train"},
     "__main__": {"cli"},
     "__init__": {"comm", "optim"},  # lazily, in its functions
 }
 LIBRARIES = {  # the only rooms that may import them, at any depth of the code
     "ray": {"cluster"},
     "prometheus_client": {"metrics"},
-    "matplotlib": {"bench", "report_heatmap", "report_plots"},
+    "matplotlib": {"bench", "report_evaluation", "report_heatmap", "report_plots"},
     "sklearn": {"data"},
     "foolbox": {"adversarial"},
+    "pyautoattack": {"adversarial"},
     "click": {"cli"},
     "pyarrow": {"data"},
 }
