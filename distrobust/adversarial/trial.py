@@ -60,7 +60,7 @@ class Trial:
         return f"{self.kind}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def describe(self) -> str:
-        """'clean', 'PGD-20 x 5 Linf 8/255', 'AutoAttack, + APGD-T Linf 8/255', after all four 'AutoAttack Linf 8/255'."""
+        """'clean', 'PGD-20 x 5 Linf 8/255', 'AutoAttack, + APGD-T L2 0.5', after all four 'AutoAttack L2 0.5'."""
         if self.threat is None:
             return self.kind
         times = f" x {self.restarts}" if self.restarts > 1 else ""
