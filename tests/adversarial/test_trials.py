@@ -3,7 +3,10 @@
 import itertools
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,11 +15,13 @@ from harness import attacked
 from torch import Tensor, nn
 
 from distrobust.adversarial import libraries, suite
+from distrobust.adversarial import trial as trial_module
 from distrobust.adversarial.accuracy import wilson
 from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.evaluate import batch_seed, count_correct
 from distrobust.adversarial.evaluation import run, standing, summary
 from distrobust.adversarial.finding import Finding, expected_robustness
+from distrobust.adversarial.libraries import AutoAttackPart
 from distrobust.adversarial.passes import counted
 from distrobust.adversarial.suite import Suite, parse_budget, parse_names
 from distrobust.adversarial.threat import Threat
@@ -83,6 +88,20 @@ def test_shards_of_three_ranks_give_the_verdicts_of_one(
     assert 0 < accuracies[-1] < accuracies[0], "the worst case is neither trivial nor hopeless"
 
 
+@contextmanager
+def gradients_taken(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The images at which the gradient with respect to them is asked for."""
+    seen: list[Tensor] = []
+
+    def record(_: nn.Module, arguments: tuple[Tensor]) -> None:
+        if arguments[0].requires_grad:
+            seen.append(arguments[0].detach().clone())
+
+    handle = model.register_forward_pre_hook(record)
+    yield seen
+    handle.remove()
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_autoattacks_parts_in_a_row_are_the_librarys_own_run(
@@ -96,16 +115,22 @@ def test_autoattacks_parts_in_a_row_are_the_librarys_own_run(
     theirs.square.n_queries = 50
     for targeted in (theirs.apgd_targeted, theirs.fab):
         targeted.n_target_classes = attacked.CLASSES - 1
-    x_adv, _ = theirs.run_standard_evaluation(x, y)
+    with gradients_taken(model) as at_theirs:
+        x_adv, _ = theirs.run_standard_evaluation(x, y)
     with torch.no_grad():
         robust = (model(x_adv).argmax(1) == y).tolist()
 
     done: dict[tuple[str, int], Verdict] = {(CLEAN.key, 0): attempt(CLEAN, model, x, y, seed=0, index=0, first=0)}
     before: tuple[str, ...] = (CLEAN.key,)
-    for kind, steps in (("apgd-ce", 100), ("apgd-t", 100), ("fab-t", 100), ("square", 50)):
-        trial = Trial(kind, threat, steps, after=before)  # type: ignore[arg-type]
-        done[trial.key, 0] = attempt(trial, model, x, y, seed=0, index=0, first=0, standing=standing(trial, 0, done))
-        before = (*before, trial.key)
+    with gradients_taken(model) as at_ours:
+        for kind, steps in (("apgd-ce", 100), ("apgd-t", 100), ("fab-t", 100), ("square", 50)):
+            trial = Trial(kind, threat, steps, after=before)  # type: ignore[arg-type]
+            done[trial.key, 0] = attempt(
+                trial, model, x, y, seed=0, index=0, first=0, standing=standing(trial, 0, done)
+            )
+            before = (*before, trial.key)
+    at_ours = [images for images in at_ours if not (len(images) == 1 and torch.equal(images, x[:1]))]  # is there one?
+    assert all(torch.equal(a, b) for a, b in zip(at_theirs, at_ours, strict=True))
     assert [code == "1" for code in done[before[-1], 0].right] == robust
     assert 0 < sum(robust) < len(robust)
 
@@ -138,6 +163,76 @@ def test_what_has_fallen_is_not_attacked_again(model_and_batches: tuple[nn.Modul
     assert verdict.backward == 1 + 3 * 4
     nobody = attempt(Trial("pgd", LINF, 3), model, x, y, seed=0, index=0, first=0, standing=stands & False)
     assert (nobody.right, nobody.forward) == ("0" * len(y), 0)
+
+
+def test_an_images_start_depends_on_no_other_image(
+    model_and_batches: tuple[nn.Module, Batches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x, y) = model_and_batches[0], model_and_batches[1][0]
+    starts: list[Tensor] = []
+
+    def stay(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, steps: int, start: Tensor) -> Tensor:
+        starts.append(start)
+        return x
+
+    monkeypatch.setattr(trial_module, "pgd", stay)
+    for stands in (torch.arange(len(y)) >= 0, torch.arange(len(y)) == 5):
+        attempt(Trial("pgd", LINF, 1, 2), model, x, y, seed=0, index=0, first=0, standing=stands)
+    first, second, first_alone, second_alone = starts
+    right = (model(x).argmax(1) == y).tolist()
+    assert right[5], "it stands for the second start too"
+    assert torch.equal(first_alone[0], first[5])
+    assert torch.equal(second_alone[0], second[sum(right[:5])])
+    assert not torch.equal(first_alone, second_alone)
+
+
+@needs_foolbox
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("kind", ["apgd-ce", "square", "foolbox"])
+def test_a_librarys_random_numbers_are_a_function_of_seed_and_batch(
+    model_and_batches: tuple[nn.Module, Batches], kind: str
+) -> None:
+    model, (x, y) = model_and_batches[0], model_and_batches[1][0]
+
+    def seen(seed: int, index: int) -> list[Tensor]:
+        images: list[Tensor] = []
+        handle = model.register_forward_pre_hook(lambda _, args: images.append(args[0].detach().clone()))
+        attempt(Trial(kind, LINF, 3), model, x, y, seed=seed, index=index, first=0)  # type: ignore[arg-type]
+        handle.remove()
+        return images
+
+    torch.manual_seed(1)
+    first = seen(0, 0)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, seen(0, 0), strict=True))
+    for other in (seen(1, 0), seen(0, 1)):
+        assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=False))
+
+
+def test_examples_outside_the_ball_break_nothing_and_are_counted(
+    model_and_batches: tuple[nn.Module, Batches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x, y) = model_and_batches[0], model_and_batches[1][0]
+    monkeypatch.setattr(trial_module, "foolbox_examples", lambda model, x, *_: 1 - x)
+    verdict = attempt(Trial("foolbox", LINF, 3), model, x, y, seed=0, index=0, first=0)
+    assert verdict.right == "1" * len(y)
+    assert verdict.counts == {"outside": len(y)}
+
+
+def test_what_is_added_up_comes_after_what_it_adds_to() -> None:
+    wanted = Suite(LINF, ("pgd", "autoattack", "foolbox", "square", "curve"))
+    trials = wanted.trials(1000, 10, (1, 8, 8))
+    for number, trial in enumerate(trials):
+        assert set(trial.after) <= {t.key for t in trials[:number]}
+    clean, pgd = trials[0].key, next(t.key for t in trials if t.kind == "pgd")
+    for role in ("curve", "attack"):  # the curve, and AutoAttack's four
+        chain = [t for t in trials if t.role == role and (role == "curve" or t.kind in get_args(AutoAttackPart))]
+        chain = [t for t in chain if t.describe() != "Square-5000 Linf 0.06"]
+        for earlier, later in itertools.pairwise(chain):
+            assert {*earlier.after, earlier.key} <= set(later.after)
+    compared = [t for t in trials if t.kind in ("foolbox", "square") and len(t.after) == 1]
+    compared += [t for t in trials if t.role == "check" and t.threat == LINF]
+    assert all(t.after == (clean,) and t.key != pgd for t in compared)
 
 
 def test_a_part_of_the_images_is_chosen_by_their_number_in_the_data_set(

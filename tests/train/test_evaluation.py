@@ -92,11 +92,13 @@ def test_three_ranks_in_any_order_say_what_one_says(job: Job, tmp_path: Path) ->
 
 def test_the_images_are_those_spaced_evenly(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
+    numbers: list[tuple[int, int]] = []
     original = evaluation.attempt
 
     def attempt(trial: Any, net: Any, x: torch.Tensor, y: torch.Tensor, **options: Any) -> Verdict:
         if trial.kind == "clean":
             seen.append(y)
+            numbers.append((options["index"], options["first"]))
         return original(trial, net, x, y, **options)
 
     monkeypatch.setattr(evaluation, "attempt", attempt)
@@ -104,6 +106,7 @@ def test_the_images_are_those_spaced_evenly(job: Job, monkeypatch: pytest.Monkey
     opened.directory.open(opened.settings())
     run_rank(opened, 0, 1)
     assert [len(y) for y in seen] == [10, 10, 10, 5]
+    assert numbers == [(0, 0), (1, 10), (2, 20), (3, 30)]
     assert torch.cat(seen).tolist() == opened.labels.tolist()
 
 
