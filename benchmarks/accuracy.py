@@ -31,6 +31,7 @@ from distrobust.adversarial import losses
 from distrobust.adversarial.accuracy import score
 from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.evaluate import count_correct
+from distrobust.adversarial.folded import Folded
 from distrobust.adversarial.threat import Threat
 from distrobust.compression.memory import Rule
 from distrobust.optim.schedules import Schedule, ramp
@@ -121,6 +122,7 @@ def run(cell: dict[str, Any], seed: int, folder: Path, natural: Path) -> dict[st
     rule = Rule(momentum=0.9 if kept else 0.0, weight_decay=5e-4, masking=options.pop("masking", True))
     made = peers_in_process.make if "peer" in options else Workers
     workers = made(net, num_workers, num_steps, rule, **options)
+    attacked = Folded(net, torch.rand(2, *source.shape)) if attack is not None else None
     outer = [torch.zeros_like(p) for p in net.parameters()]  # momentum in the optimizer: the ablation
     losses_seen = []
     step = 0
@@ -134,7 +136,7 @@ def run(cell: dict[str, Any], seed: int, folder: Path, natural: Path) -> dict[st
                 rank: int, step: int = step, images: Any = images, labels: Any = labels, threat: Any = threat
             ) -> None:
                 nonlocal total
-                total += train_on(net, images, labels, attack, threat, seed, step, rank, num_workers)
+                total += train_on(net, attacked, images, labels, attack, threat, seed, step, rank, num_workers)
 
             workers.step(backward, schedule.at(progress), outer if not kept else None)
             losses_seen.append(total / num_workers)
@@ -147,18 +149,27 @@ def run(cell: dict[str, Any], seed: int, folder: Path, natural: Path) -> dict[st
 
 
 def train_on(
-    net: Any, images: Any, labels: Any, attack: Any, threat: Any, seed: int, step: int, rank: int, num_workers: int
+    net: Any,
+    attacked: Folded | None,
+    images: Any,
+    labels: Any,
+    attack: Any,
+    threat: Any,
+    seed: int,
+    step: int,
+    rank: int,
+    num_workers: int,
 ) -> float:
-    """Forward and backward of one worker's share of the batch; its mean loss."""
+    """Forward and backward of one worker's share of the batch; its mean loss. attacked: `net` for attacks."""
     generator = generator_at(images.device, seed, 1, step, rank)
     mine = slice(rank, None, num_workers)
     x = data.crop_and_flip(images[mine], generator, pad=4, flip=True).float().div_(255)
     x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        if attack is None:
-            output = losses.natural(net, net, x, labels[mine])
+        if attacked is None:
+            output = losses.Natural()(net, net, x, labels[mine])
         else:
-            output = losses.pgd_at(net, net, x, labels[mine], attack, threat, generator=generator)
+            output = losses.PGDAT()(net, attacked.current(), x, labels[mine], attack, threat, generator)
     output.loss.backward()
     return float(output.loss.detach())
 

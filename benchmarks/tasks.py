@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distrobust import data
 from distrobust.adversarial import losses
 from distrobust.adversarial.attacks import Attack
+from distrobust.adversarial.folded import Folded
 from distrobust.adversarial.threat import Threat
 from distrobust.train.modelfile import build_model, load_model_file
 from distrobust.train.randomness import generator_at
@@ -78,6 +79,7 @@ class Images:
         shard = data.Shard(data.describe(folder, "test"), 0, 1, seed=0)
         self.held_out = list(spaced_rows(shard, 500, 250))
         self.attack = None if natural is None else Attack("n_fgsm")
+        self.attacked: Folded | None = None
         self.steps = 300 if natural is None else 196
 
     def make(self, seed: int) -> nn.Module:
@@ -93,7 +95,9 @@ class Images:
             epoch += 1
 
     def backward(self, net: nn.Module, batch: Batch, seed: int, step: int, rank: int, num_workers: int) -> float:
-        return train_on(net, *batch, self.attack, Threat("linf", EPS), seed, step, rank, num_workers)
+        if self.attack is not None and (self.attacked is None or self.attacked.model is not net):
+            self.attacked = Folded(net, batch[0][:2] / 255)
+        return train_on(net, self.attacked, *batch, self.attack, Threat("linf", EPS), seed, step, rank, num_workers)
 
     def held_out_loss(self, net: nn.Module) -> float:
         net.eval()
@@ -104,10 +108,10 @@ class Images:
             with torch.autocast("cpu", torch.bfloat16):
                 if self.attack is None:
                     with torch.no_grad():
-                        output = losses.natural(net, net, x, labels)
+                        output = losses.Natural()(net, net, x, labels)
                 else:
                     attack, threat = Attack("pgd", steps=5), Threat("linf", EPS)
-                    output = losses.pgd_at(net, net, x, labels, attack, threat, generator=generator)
+                    output = losses.PGDAT()(net, net, x, labels, attack, threat, generator)
             total += float(output.loss.detach()) / len(self.held_out)
         net.train()
         net.zero_grad(set_to_none=True)

@@ -65,18 +65,22 @@ class Residual(nn.Module):
         self.second = _block(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.as_tensor(self.second(self.first(x)))
+        y: Tensor = self.second(self.first(x))
+        return x + y
 
 
 def _block(num_in: int, num_out: int, *, pool: bool = False, residual: bool = False) -> nn.Sequential:
-    """conv 3 x 3 - batch norm - relu, then optionally a 2 x 2 maximum and a residual of two such blocks."""
+    """conv 3 x 3 - batch norm - relu, optionally with a 2 x 2 maximum, and a residual of two such blocks.
+
+    The maximum comes before the relu, which is the same to the bit, gradients too, with a quarter of the relu's work.
+    """
     parts: OrderedDict[str, nn.Module] = OrderedDict(
         conv=nn.Conv2d(num_in, num_out, 3, padding=1, bias=False),
         norm=nn.BatchNorm2d(num_out),
-        relu=nn.ReLU(inplace=True),
     )
     if pool:
         parts["pool"] = nn.MaxPool2d(2)
+    parts["relu"] = nn.ReLU(inplace=True)
     if residual:
         parts["residual"] = Residual(num_out)
     return nn.Sequential(parts)

@@ -1,23 +1,29 @@
-"""Training losses: natural, PGD-AT and TRADES, each one forward pass through the DDP wrapper.
+"""Training losses, each in two parts: the examples it is computed on, and one forward pass through the DDP wrapper.
 
-    natural     CE(f(x), y)
-    PGD-AT      CE(f(x'), y)                                                        Madry et al. 2018, eq. 2.1
+    Natural     CE(f(x), y)
+    PGDAT       CE(f(x'), y)                                                        Madry et al. 2018, eq. 2.1
     TRADES      CE(f(x), y) + beta/B sum KL(softmax f(x) || softmax f(x'))          Zhang et al. 2019, eq. 5
                 x' maximises the KL term from x + 0.001 N(0, 1); beta 6; 10 steps of 0.007 at eps 0.031
+    MART        CE(f(x'), y) - mean log(1.0001 - max_{c != y} p'_c)
+                + beta/B sum KL(p || p') (1 - p_y)                                  Wang et al. 2020, eq. 11
+                p, p' the softmax of f(x), f(x'); beta 5; x' from PGD on the cross-entropy
 
 `forward` is what is trained, the DistributedDataParallel wrapper or the model itself; `model` is the
 inner module, on which the attack runs. x: (B, C, H, W) float in [0, 1]; y: (B,) int64; generator: on x's
-device. Losses are means over the batch, in float32 also under autocast.
+device. Losses are means over the batch, in float32 also under autocast. label_smoothing applies to the cross-entropy
+that is trained on, never to an attack's.
 
-Differences from the TRADES authors' code: f(x) and f(x') come from one forward pass of cat(x, x'),
-because two forward passes of a DDP wrapper before a backward fail with batch norm (pytorch 175024); so
-batch-norm statistics are those of both halves together. The step is scaled to the ball: 10 x 0.007 /
-0.031 eps in all, whatever the number of steps. label_smoothing applies to the cross-entropy only.
+Differences from the authors' code of TRADES and MART: f(x) and f(x') come from one forward pass of cat(x, x'), because
+two forward passes of a DDP wrapper before a backward fail with batch norm (pytorch 175024); so batch-norm statistics
+are those of both halves together. The step of TRADES is scaled to the ball: 10 x 0.007 / 0.031 eps in all, whatever
+the number of steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +39,7 @@ Forward = Callable[[Tensor], Tensor]
 TRADES_ATTACK = Attack("pgd", steps=10)
 TRADES_TRAVEL = 10 * 0.007 / 0.031  # all steps together, in units of eps
 TRADES_NOISE = 0.001  # standard deviation of the start, in image units
+_NO_ATTACK, _NO_THREAT = Attack("none"), Threat("linf", 0.0)
 
 
 @dataclass(frozen=True)
@@ -54,79 +61,114 @@ class LossOutput:
         return logits
 
 
-def natural(
-    forward: Forward,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    attack: Attack | None = None,
-    threat: Threat | None = None,
-    generator: torch.Generator | None = None,
-    *,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
-    """CE(f(x), y). attack, threat and generator are accepted for a common signature and not used."""
-    logits = forward(x)
-    loss = F.cross_entropy(at_least_float32(logits), y, label_smoothing=label_smoothing)
-    return LossOutput(loss, clean_logits=logits.detach())
+@dataclass(frozen=True)
+class TrainingLoss(ABC):
+    """`examples`, then `objective` on them; calling it does both."""
+
+    label_smoothing: float = 0.0
+
+    def examples(
+        self, model: nn.Module, x: Tensor, y: Tensor, attack: Attack, threat: Threat, generator: torch.Generator | None
+    ) -> Tensor:
+        """x', detached: what the attack makes of x. No parameter gets a gradient and no hook fires."""
+        return attack(model, x, y, threat, generator)
+
+    @abstractmethod
+    def objective(self, forward: Forward, x: Tensor, x_adv: Tensor, y: Tensor) -> LossOutput:
+        """The loss on given examples, with one call of `forward`."""
+
+    def __call__(
+        self,
+        forward: Forward,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        attack: Attack = _NO_ATTACK,
+        threat: Threat = _NO_THREAT,
+        generator: torch.Generator | None = None,
+    ) -> LossOutput:
+        return self.objective(forward, x, self.examples(model, x, y, attack, threat, generator), y)
+
+    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(at_least_float32(logits), y, label_smoothing=self.label_smoothing)
 
 
-def pgd_at(
-    forward: Forward,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    attack: Attack,
-    threat: Threat,
-    generator: torch.Generator | None = None,
-    *,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
-    """CE(f(x'), y), x' from any attack (n_fgsm is the fast recipe). The attack's own loss is not smoothed."""
-    x_adv = attack(model, x, y, threat, generator)
-    logits = forward(x_adv)
-    loss = F.cross_entropy(at_least_float32(logits), y, label_smoothing=label_smoothing)
-    return LossOutput(loss, adversarial_logits=logits.detach(), x_adv=x_adv)
+class Natural(TrainingLoss):
+    """CE(f(x), y). An attack is accepted for a common signature and not run."""
+
+    def examples(
+        self, model: nn.Module, x: Tensor, y: Tensor, attack: Attack, threat: Threat, generator: torch.Generator | None
+    ) -> Tensor:
+        return x
+
+    def objective(self, forward: Forward, x: Tensor, x_adv: Tensor, y: Tensor) -> LossOutput:
+        logits = forward(x)
+        return LossOutput(self._cross_entropy(logits, y), clean_logits=logits.detach())
 
 
-def trades(
-    forward: Forward,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    attack: Attack,
-    threat: Threat,
-    generator: torch.Generator | None = None,
-    *,
-    beta: float = 6.0,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
+class PGDAT(TrainingLoss):
+    """CE(f(x'), y), x' from any attack (n_fgsm is the fast recipe)."""
+
+    def objective(self, forward: Forward, x: Tensor, x_adv: Tensor, y: Tensor) -> LossOutput:
+        logits = forward(x_adv)
+        return LossOutput(self._cross_entropy(logits, y), adversarial_logits=logits.detach(), x_adv=x_adv)
+
+
+@dataclass(frozen=True)
+class TRADES(TrainingLoss):
     """CE(f(x), y) + beta/B sum KL(f(x) || f(x')). TRADES_ATTACK is the paper's; beta >= 0, or ConfigError."""
-    if not beta >= 0:
-        raise ConfigError(f"trades beta: {beta}; must be at least 0 (the paper's is 6)")
-    x_adv = trades_examples(model, x, y, attack, threat, generator)
-    clean, adversarial = at_least_float32(forward(torch.cat([x, x_adv]))).chunk(2)
-    kl = _kl_sum(clean.log_softmax(1), adversarial) / x.shape[0]
-    loss = F.cross_entropy(clean, y, label_smoothing=label_smoothing) + beta * kl
-    return LossOutput(loss, clean.detach(), adversarial.detach(), x_adv)
+
+    beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        _check_beta("trades", self.beta, 6)
+
+    def examples(
+        self, model: nn.Module, x: Tensor, y: Tensor, attack: Attack, threat: Threat, generator: torch.Generator | None
+    ) -> Tensor:
+        """x' that `attack` finds on the KL term, started at x + 0.001 N(0, 1), where its gradient is not zero."""
+        if attack.name == "none" or threat.eps == 0:
+            return x.detach()
+        if attack.name == "pgd" and attack.step_size is None:
+            attack = dataclasses.replace(attack, step_size=TRADES_TRAVEL * threat.eps / attack.steps)
+        # With gradients on: a weight cast to bf16 without a graph could stay in the caller's autocast cache.
+        with evaluation_mode(model), torch.enable_grad():
+            log_p = at_least_float32(model(x).detach()).log_softmax(1)
+        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device).normal_(generator=generator)
+        start = torch.empty_like(x).copy_(noise).mul_(TRADES_NOISE).add_(x)
+        return attack(model, x, y, threat, generator, loss=lambda logits, _: _kl(log_p, logits).sum(), start=start)
+
+    def objective(self, forward: Forward, x: Tensor, x_adv: Tensor, y: Tensor) -> LossOutput:
+        clean, adversarial = at_least_float32(forward(torch.cat([x, x_adv]))).chunk(2)
+        kl = _kl(clean.log_softmax(1), adversarial).sum() / x.shape[0]
+        loss = self._cross_entropy(clean, y) + self.beta * kl
+        return LossOutput(loss, clean.detach(), adversarial.detach(), x_adv)
 
 
-def trades_examples(
-    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, threat: Threat, generator: torch.Generator | None
-) -> Tensor:
-    """x' that `attack` finds on the KL term, started at x + 0.001 N(0, 1), where its gradient is not zero."""
-    if attack.name == "none" or threat.eps == 0:
-        return x.detach()
-    if attack.name == "pgd" and attack.step_size is None:
-        attack = dataclasses.replace(attack, step_size=TRADES_TRAVEL * threat.eps / attack.steps)
-    # With gradients on: a weight cast to bf16 without a graph could stay in the caller's autocast cache.
-    with evaluation_mode(model), torch.enable_grad():
-        log_p = at_least_float32(model(x).detach()).log_softmax(1)
-    noise = torch.empty(x.shape, dtype=torch.float32, device=x.device).normal_(generator=generator)
-    start = torch.empty_like(x).copy_(noise).mul_(TRADES_NOISE).add_(x)
-    return attack(model, x, y, threat, generator, loss=lambda logits, _: _kl_sum(log_p, logits), start=start)
+@dataclass(frozen=True)
+class MART(TrainingLoss):
+    """Boosted cross-entropy on x', and the KL term weighted by the doubt about x. beta >= 0, or ConfigError."""
+
+    beta: float = 5.0
+
+    def __post_init__(self) -> None:
+        _check_beta("mart", self.beta, 5)
+
+    def objective(self, forward: Forward, x: Tensor, x_adv: Tensor, y: Tensor) -> LossOutput:
+        clean, adversarial = at_least_float32(forward(torch.cat([x, x_adv]))).chunk(2)
+        others = adversarial.softmax(1).scatter(1, y[:, None], 0.0)
+        margin = -(1.0001 - others.amax(1)).log().mean()
+        doubt = 1.0 - clean.softmax(1).gather(1, y[:, None])[:, 0]
+        kl = (_kl(clean.log_softmax(1), adversarial).sum(1) * doubt).mean()
+        loss = self._cross_entropy(adversarial, y) + margin + self.beta * kl
+        return LossOutput(loss, clean.detach(), adversarial.detach(), x_adv)
 
 
-def _kl_sum(log_p: Tensor, logits: Tensor) -> Tensor:
-    """sum over batch and classes of p (log p - log softmax(logits)), in float32."""
-    return F.kl_div(at_least_float32(logits).log_softmax(1), log_p, reduction="sum", log_target=True)
+def _check_beta(name: str, beta: float, paper: float) -> None:
+    if not (beta >= 0 and math.isfinite(beta)):
+        raise ConfigError(f"{name} beta: {beta}; must be finite and at least 0 (the paper's is {paper})")
+
+
+def _kl(log_p: Tensor, logits: Tensor) -> Tensor:
+    """(B, num_classes): p (log p - log softmax(logits)), in float32."""
+    return F.kl_div(at_least_float32(logits).log_softmax(1), log_p, reduction="none", log_target=True)

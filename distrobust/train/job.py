@@ -36,13 +36,14 @@ from distrobust.train.checkpoint import Position
 from distrobust.train.modelfile import build_model, load_model_file, save_model_file
 from distrobust.train.rundir import Outcome, RunDirectory
 from distrobust.train.state import TrainState, make_state
-from distrobust.train.step import Recipe
+from distrobust.train.step import Recipe, replays
 from distrobust.train.stopping import stop_requests
 
 _log = logging.getLogger(__name__)
 
 PHASES = ("pretrain", "train")
 MODEL_NAMES = {"pretrain": "pre-trained", "train": "fine-tuned"}
+BEST = "-best"  # after a model's name: that of the epoch with the highest held-out accuracy
 
 
 def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcome:
@@ -96,7 +97,7 @@ class _Job:
         train = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, train_rows))
         held_out = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, held_out_rows))
         net = self._on_all_ranks(lambda: self._build(source))
-        phases = [self._phase(name, train, held_out) for name in PHASES]
+        phases = [self._phase(name, train, held_out, source) for name in PHASES]
         restored = checkpoint.load(self.directory.checkpoints, Transport())
         self._emit(
             {
@@ -137,7 +138,8 @@ class _Job:
                 place = f"{name}, step {state.position.step} of {phase.recipe.num_steps}"
                 saved = "a checkpoint was" if ended is loop.End.SAVED else "no checkpoint could be"
                 return Outcome("stopped", text=f"{place}; {saved} written")
-            self._export(net, name, source)
+            state.adopt_average()
+            self._export(scoring.averaged(net, Transport()), MODEL_NAMES[name], source)
         self._evaluate(test, source, rank, num_ranks)
         self._emit({"event": "done", "seconds": time.perf_counter() - started})
         return Outcome("done")
@@ -175,7 +177,7 @@ class _Job:
             scoring.to_memory_format(net, torch.channels_last)
         return net.to(self.device)
 
-    def _phase(self, name: str, train: Shard, held_out: Shard) -> loop.Phase | None:
+    def _phase(self, name: str, train: Shard, held_out: Shard, source: Source) -> loop.Phase | None:
         """None for a phase that is not configured; raises ConfigError for one that cannot be run on this data."""
         config, tuning = self.config, name == "train"
         settings: PhaseConfig | None = getattr(config, name)
@@ -183,20 +185,36 @@ class _Job:
             return None
         schedule = self._schedule(name, settings)
         try:
-            num_steps = settings.epochs * train.num_steps(settings.batch_size)
+            num_batches = settings.epochs * train.num_steps(settings.batch_size)
         except ConfigError as error:
             raise ConfigError(f"{name}.batch_size: {error}") from None
+        share = settings.batch_size // train.world_size
+        if settings.accumulate > share:
+            raise ConfigError(
+                f"{name}.accumulate: {settings.accumulate}, wanted at most a rank's {share} images a step"
+            )
+        attack = config.attack if tuning else None
         recipe = Recipe(
             phase=settings,
-            attack=config.attack if tuning else None,
+            attack=attack,
             schedule=schedule,
-            num_steps=num_steps,
+            num_steps=num_batches * replays(attack),
             crop=config.data.crop,
             flip=config.data.flip,
             seed=config.run.seed,
             channels_last=config.model.channels_last,
         )
-        return loop.Phase(config, settings, recipe, train, held_out, self.directory, self._emit, self.stop_requested)
+        return loop.Phase(
+            config,
+            settings,
+            recipe,
+            train,
+            held_out,
+            self.directory,
+            self._emit,
+            self.stop_requested,
+            lambda net: self._export(net, MODEL_NAMES[name] + BEST, source),
+        )
 
     def _schedule(self, name: str, settings: PhaseConfig) -> Schedule:
         """With the peak scaled to the batch size, if it was tuned for another."""
@@ -223,14 +241,14 @@ class _Job:
             self.device,
         )
 
-    def _export(self, net: nn.Module, phase: str, source: Source) -> None:
-        averaged = scoring.averaged(net, Transport())
+    def _export(self, net: nn.Module, name: str, source: Source) -> None:
+        """net: the same on every rank."""
         if dist.get_rank() == 0:
-            save_model_file(self._model_path(phase), averaged, self.config.model.name, source)
+            save_model_file(self._model_path(name), net, self.config.model.name, source)
         Transport().gather_rows(torch.zeros(1))  # no rank reads it before it is there
 
-    def _model_path(self, phase: str) -> Path:
-        return self.directory.models / f"{MODEL_NAMES[phase]}.pt"
+    def _model_path(self, name: str) -> Path:
+        return self.directory.models / f"{name}.pt"
 
     def _evaluate(self, test: Source, source: Source, rank: int, num_ranks: int) -> None:
         """Clean and PGD accuracy on the test file, of the model before and after fine-tuning."""
@@ -240,8 +258,11 @@ class _Job:
         if attack is not None:
             eps = attack.eps if settings.eps is None else settings.eps
             attacks.append((Attack("pgd", steps=settings.steps), Threat(attack.norm, eps), settings.images))
-        before = self.config.model.weights if self.config.pretrain is None else self._model_path("pretrain")
-        for label, path in (("pre-trained", before), ("fine-tuned", self._model_path("train"))):
+        before = self.config.model.weights if self.config.pretrain is None else self._model_path("pre-trained")
+        models = {"pre-trained": before, "fine-tuned": self._model_path("fine-tuned")}
+        if self.config.train.patience is not None:
+            models["fine-tuned" + BEST] = self._model_path("fine-tuned" + BEST)
+        for label, path in models.items():
             if path is None:
                 continue
             net = build_model(self.config.model.name, source, self.config.run.seed).to(self.device)

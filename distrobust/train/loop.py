@@ -5,31 +5,32 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distrobust.adversarial.accuracy import Score
 from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.threat import Threat
-from distrobust.config import Config, PhaseConfig
+from distrobust.config import AttackConfig, Config, PhaseConfig
 from distrobust.data import Shard
 from distrobust.errors import DivergedError
 from distrobust.optim.rates import mean_by_layer, norm_by_layer
 from distrobust.train import checkpoint, scoring
 from distrobust.train.rundir import RunDirectory
-from distrobust.train.state import TrainState
-from distrobust.train.step import Recipe, StepResult, train_step
+from distrobust.train.state import Best, TrainState
+from distrobust.train.step import Recipe, StepResult, replays, train_step
 
 _log = logging.getLogger(__name__)
 
 Emit = Callable[[dict[str, Any]], None]
 
 EPOCH_ATTACK = Attack("pgd", steps=10)
+WATCH_IMAGES = 256
 
 
 @dataclass
@@ -52,10 +53,21 @@ class Phase:
     directory: RunDirectory
     emit: Emit
     stop_requested: Callable[[], bool]
+    keep_best: Callable[[nn.Module], None]
+    """Called on every rank with the best model so far, if the phase stops early."""
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.train.num_steps(self.settings.batch_size)
+        return self.train.num_steps(self.settings.batch_size) * replays(self.recipe.attack)
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of an epoch's steps from `first` on."""
+        num = replays(self.recipe.attack)
+        done = first % num
+        for images, labels in self.train.batches(epoch, self.settings.batch_size, first // num):
+            for _ in range(done, num):
+                yield images, labels
+            done = 0
 
 
 class End(Enum):
@@ -75,9 +87,9 @@ def run_phase(state: TrainState, phase: Phase) -> End:
     per_epoch, total = phase.steps_per_epoch, phase.recipe.num_steps
     window = _Window(hook_s=state.compression.seconds)
     device = next(state.net.parameters()).device
-    while state.position.step < total:
+    while state.position.step < total and not _is_over(state, phase):
         epoch, first = divmod(state.position.step, per_epoch)
-        for images, labels in phase.train.batches(epoch, phase.settings.batch_size, first):
+        for images, labels in phase.batches(epoch, first):
             result = train_step(state, images.to(device), labels.to(device), phase.recipe, phase.train.rank)
             state.position = dataclasses.replace(state.position, step=state.position.step + 1)
             state.samples += phase.settings.batch_size
@@ -88,6 +100,9 @@ def run_phase(state: TrainState, phase: Phase) -> End:
             if step % phase.config.metrics.every == 0 or at_epoch_end:
                 stop = _heartbeat(state, phase, window)
                 window = _Window(hook_s=state.compression.seconds)
+            attack = phase.recipe.attack
+            if attack is not None and (at_epoch_end or step % (attack.watch_every or per_epoch) == 0):
+                _watch(state, phase, attack)
             if at_epoch_end:
                 _score_epoch(state, phase)
             saved = True
@@ -189,28 +204,80 @@ def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
     return bool(rows[:, 3].any())
 
 
+def _is_over(state: TrainState, phase: Phase) -> bool:
+    """Held-out accuracy has not risen for `patience` epochs."""
+    if phase.settings.patience is None or state.best is None:
+        return False
+    return state.position.step // phase.steps_per_epoch - state.best.epoch >= phase.settings.patience
+
+
+def _held_out_score(
+    state: TrainState, phase: Phase, net: nn.Module, attack: Attack, threat: Threat | None, limit: int
+) -> Score:
+    return scoring.distributed_score(
+        net,
+        phase.held_out,
+        attack,
+        threat,
+        limit=limit,
+        batch_size=phase.config.evaluate.batch_size,
+        seed=phase.config.run.seed,
+        transport=state.compression.settings.transport,
+    )
+
+
+def _watch(state: TrainState, phase: Phase, attack: AttackConfig) -> None:
+    """Looks for catastrophic overfitting: right under one step of FGSM, wrong under PGD, both at the present eps.
+
+    Wong, Rice and Kolter (ICLR 2020), section 5.4, watch PGD on a batch in the same way.
+    """
+    net = scoring.averaged(state.net, state.compression.settings.transport)
+    position, threat = state.position, phase.recipe.threat(state.position.step - 1)
+    fgsm, pgd = (_held_out_score(state, phase, net, a, threat, WATCH_IMAGES) for a in (Attack("fgsm"), EPOCH_ATTACK))
+    phase.emit(
+        {
+            "event": "watch",
+            "phase": position.phase,
+            "step": position.step,
+            "eps": threat.eps,
+            "fgsm_accuracy": fgsm.accuracy,
+            "pgd_accuracy": pgd.accuracy,
+            "gap": fgsm.accuracy - pgd.accuracy,
+            "samples": pgd.samples,
+        }
+    )
+    if state.collapsed or not has_collapsed(fgsm.accuracy, pgd.accuracy):
+        return
+    state.collapsed = True
+    seen = (
+        f"{position.phase}, step {position.step}: catastrophic overfitting: {fgsm.accuracy:.0%} right under "
+        f"{fgsm.attack}, {pgd.accuracy:.0%} under {pgd.attack}, {pgd.samples} held-out images"
+    )
+    if attack.on_collapse == "stop":
+        raise DivergedError(f"{seen}; the last checkpoint is kept; try attack.name=pgd, or attack.on_collapse=pgd")
+    then = (
+        f"training goes on against PGD-{attack.steps}" if attack.on_collapse == "pgd" else "try attack.on_collapse=pgd"
+    )
+    phase.emit({"event": "notice", "text": f"{seen}; {then}"})
+
+
+def has_collapsed(fgsm_accuracy: float, pgd_accuracy: float) -> bool:
+    """Half of what withstands FGSM falls to PGD, and it is not a matter of a few images.
+
+    In ordinary adversarial training a sixth falls; after the collapse nearly all of it.
+    """
+    return fgsm_accuracy - pgd_accuracy > max(0.1, fgsm_accuracy / 2)
+
+
 def _score_epoch(state: TrainState, phase: Phase) -> None:
-    config, transport = phase.config, state.compression.settings.transport
-    net = scoring.averaged(state.net, transport)
-
-    def scored(attack: Attack, threat: Threat | None, limit: int) -> Score:
-        return scoring.distributed_score(
-            net,
-            phase.held_out,
-            attack,
-            threat,
-            limit=limit,
-            batch_size=config.evaluate.batch_size,
-            seed=config.run.seed,
-            transport=transport,
-        )
-
-    clean = scored(scoring.NATURAL, None, 0)
+    config, position = phase.config, state.position
+    net = scoring.averaged(state.result, state.compression.settings.transport)
+    clean = _held_out_score(state, phase, net, scoring.NATURAL, None, 0)
     record: dict[str, Any] = {
         "event": "epoch",
-        "phase": state.position.phase,
-        "step": state.position.step,
-        "epoch": state.position.step // phase.steps_per_epoch,
+        "phase": position.phase,
+        "step": position.step,
+        "epoch": position.step // phase.steps_per_epoch,
         "clean_accuracy": clean.accuracy,
         "robust_accuracy": None,
         "attack": "",
@@ -218,12 +285,19 @@ def _score_epoch(state: TrainState, phase: Phase) -> None:
     }
     if config.attack is not None:
         threat = Threat(config.attack.norm, config.attack.eps)
-        robust = scored(EPOCH_ATTACK, threat, config.evaluate.held_out_images)
+        robust = _held_out_score(state, phase, net, EPOCH_ATTACK, threat, config.evaluate.held_out_images)
         record.update(robust_accuracy=robust.accuracy, attack=robust.attack, samples=robust.samples)
     phase.emit(record)
-    if state.accuracy_gradient is not None:
-        counts = "clean_accuracy" if phase.recipe.attack is None else "robust_accuracy"
-        if state.accuracy_gradient.update(record[counts]):
-            what = counts.replace("_", " ")
-            text = f"{what} no longer rises: learning rate times {state.accuracy_gradient.factor:g} from here on"
-            phase.emit({"event": "notice", "text": f"{state.position.phase}, epoch {record['epoch']}: {text}"})
+    counts = "clean_accuracy" if phase.recipe.attack is None else "robust_accuracy"
+    where, what = f"{position.phase}, epoch {record['epoch']}", counts.replace("_", " ")
+    if state.accuracy_gradient is not None and state.accuracy_gradient.update(record[counts]):
+        text = f"{what} no longer rises: learning rate times {state.accuracy_gradient.factor:g} from here on"
+        phase.emit({"event": "notice", "text": f"{where}: {text}"})
+    if phase.settings.patience is None:
+        return
+    if state.best is None or record[counts] > state.best.accuracy:
+        state.best = Best(record[counts], record["epoch"])
+        phase.keep_best(net)
+    elif _is_over(state, phase):
+        text = f"{what} was best after epoch {state.best.epoch}, {state.best.accuracy:.1%}, and has not risen since"
+        phase.emit({"event": "notice", "text": f"{where}: {text}: stopped"})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from distrobust.adversarial.folded import Folded
 from distrobust.comm.hook import attach
 from distrobust.comm.resize import resize
 from distrobust.comm.state import Compression
@@ -18,6 +21,14 @@ from distrobust.config import CompressConfig, NoiseConfig, PhaseConfig
 from distrobust.optim.accuracy_gradient import AccuracyGradient
 from distrobust.optim.adaptive import NoiseAdaptive
 from distrobust.train.checkpoint import Loaded, Position
+
+
+@dataclass(frozen=True)
+class Best:
+    """The highest held-out accuracy so far, robust where there is an attack, and after which epoch it was."""
+
+    accuracy: float
+    epoch: int
 
 
 @dataclass
@@ -31,7 +42,31 @@ class TrainState:
     compression: Compression
     adaptive: NoiseAdaptive | None  # around `optimizer`
     accuracy_gradient: AccuracyGradient | None
+    average: AveragedModel | None  # of the weights over time
     samples: int = 0
+    best: Best | None = None
+    collapsed: bool = False
+    """Catastrophic overfitting has been seen."""
+    delta: Tensor | None = None
+    """Perturbation of free adversarial training, by place in this rank's batch."""
+
+    folded: Folded | None = None
+
+    def attacked(self, x: Tensor) -> nn.Module:
+        """What attacks run on: `net`, with its batch norms folded where it can be done. x: any inputs."""
+        if self.folded is None:
+            self.folded = Folded(self.net, x)
+        return self.folded.current()
+
+    @property
+    def result(self) -> nn.Module:
+        """The model the phase would leave now: the average, if there is one."""
+        return self.net if self.average is None else self.average.module
+
+    def adopt_average(self) -> None:
+        """Puts the averaged weights and statistics into `net`, at the end of the phase."""
+        if self.average is not None:
+            self.net.load_state_dict(self.average.module.state_dict())
 
     def shared(self) -> dict[str, Any]:
         """The same on every rank."""
@@ -40,6 +75,8 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "accuracy_gradient": None if self.accuracy_gradient is None else self.accuracy_gradient.state_dict(),
             "samples": self.samples,
+            "best": None if self.best is None else dataclasses.asdict(self.best),
+            "collapsed": self.collapsed,
         }
 
     def own(self) -> dict[str, Any]:
@@ -48,6 +85,8 @@ class TrainState:
             "buffers": dict(self.net.named_buffers()),
             "compression": self.compression.state_dict(),
             "noise": None if self.adaptive is None else self.adaptive.noise.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "delta": self.delta,
         }
 
     def load(self, loaded: Loaded) -> None:
@@ -69,7 +108,12 @@ class TrainState:
             self.adaptive.load_noise(own["noise"])
         if self.accuracy_gradient is not None:
             self.accuracy_gradient.load_state_dict(loaded.shared["accuracy_gradient"])
+        if self.average is not None:
+            self.average.load_state_dict(own["average"])
         self.samples = loaded.shared["samples"]
+        self.best = Best(**loaded.shared["best"]) if loaded.shared["best"] else None
+        self.collapsed = loaded.shared["collapsed"]
+        self.delta = None if loaded.was_resized else own["delta"]  # by place in a batch of another size
         self.position = loaded.position
 
 
@@ -103,7 +147,10 @@ def make_state(
         transport=None if chosen.exchange in ("auto", "hierarchical") else transport,
     )
     controller = AccuracyGradient(**phase.accuracy_gradient.model_dump()) if phase.accuracy_gradient else None
-    return TrainState(position, net, ddp, optimizer, compression, adaptive, controller)
+    average: AveragedModel | None = None
+    if phase.average is not None:
+        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(phase.average), use_buffers=True)
+    return TrainState(position, net, ddp, optimizer, compression, adaptive, controller, average)
 
 
 def _wrap(net: nn.Module, transport: Transport, device: torch.device) -> DistributedDataParallel:

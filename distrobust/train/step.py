@@ -1,16 +1,18 @@
-"""One optimizer step: augment, attack, backward through the compression hook, rates, step."""
+"""One optimizer step: augment, attack, backward through the compression hook, rates, step, average."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from distrobust.adversarial import losses
+from distrobust.adversarial import free, losses
 from distrobust.adversarial.attacks import Attack
+from distrobust.adversarial.awp import perturbed_weights
 from distrobust.adversarial.threat import Threat
 from distrobust.config import AttackConfig, PhaseConfig
 from distrobust.data import crop_and_flip
@@ -18,6 +20,11 @@ from distrobust.optim.injection import add_noise_
 from distrobust.optim.schedules import Schedule, ramp
 from distrobust.train.randomness import generator_at, seed_of
 from distrobust.train.state import TrainState
+
+
+def replays(attack: AttackConfig | None) -> int:
+    """Steps in a row on the same batch."""
+    return attack.replays if attack is not None and attack.name == "free" else 1
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,35 @@ class Recipe:
     seed: int
     channels_last: bool
 
+    @property
+    def loss(self) -> losses.TrainingLoss:
+        smoothing = self.phase.label_smoothing
+        if self.attack is None:
+            return losses.Natural(smoothing)
+        beta = {} if self.attack.beta is None else {"beta": self.attack.beta}
+        if self.attack.loss == "trades":
+            return losses.TRADES(smoothing, **beta)
+        return losses.MART(smoothing, **beta) if self.attack.loss == "mart" else losses.PGDAT(smoothing)
+
     def eps(self, step: int) -> float:
         """Budget of a step in image units; 0 without an attack."""
         return 0.0 if self.attack is None else self.attack.eps * ramp(step / self.num_steps, self.attack.ramp)
+
+    def threat(self, step: int) -> Threat:
+        return Threat("linf" if self.attack is None else self.attack.norm, self.eps(step))
+
+    def attack_at(self, step: int, collapsed: bool) -> Attack:
+        """Of the step's examples; none where they come from the step itself. collapsed: overfitting has been seen."""
+        settings = self.attack
+        if settings is None:
+            return Attack("none")
+        if collapsed and settings.on_collapse == "pgd":
+            return Attack("pgd", settings.steps)
+        if settings.name == "free":
+            return Attack("none")
+        first = settings.steps if settings.first_steps is None else settings.first_steps
+        steps = round(first + (settings.steps - first) * step / self.num_steps)
+        return Attack(settings.name, steps, settings.step_size)
 
 
 @dataclass(frozen=True)
@@ -59,7 +92,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
     """
     started = time.perf_counter()
     step, ordinal = state.position.step, state.position.ordinal
-    generator = generator_at(images.device, recipe.seed, ordinal, step, rank)
+    generator = generator_at(images.device, recipe.seed, ordinal, step // replays(recipe.attack), rank)
     torch.manual_seed(seed_of(recipe.seed, ordinal, step, rank, 1))  # for layers that draw, such as dropout
     x = crop_and_flip(images, generator, pad=recipe.crop, flip=recipe.flip).float().div_(255)
     if recipe.channels_last:
@@ -69,17 +102,8 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
     state.ddp.train()
     state.optimizer.zero_grad(set_to_none=True)
     state.compression.step_ahead()  # before the attack: it should meet the weights that learn from it
-    forward_started = started
-
-    def forward(inputs: Tensor) -> Tensor:
-        nonlocal forward_started
-        forward_started = time.perf_counter()
-        return state.ddp(inputs)  # type: ignore[no-any-return]
-
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.phase.precision == "bf16"):
-        output = _loss(recipe, step)(forward, state.net, x, labels, generator=generator)
     try:
-        output.loss.backward()
+        taken = _backward(state, recipe, x, labels, generator)
     except Exception:
         state.compression.raise_cause()
         raise
@@ -93,29 +117,76 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         shared = generator_at(images.device, recipe.seed, ordinal, step)  # the same on every rank
         gradients = [p.grad for p in state.net.parameters() if p.grad is not None]
         add_noise_(gradients, step, recipe.phase.gradient_noise, shared)
-    if state.compression.skipped:
+    skipped = state.compression.skipped
+    if skipped:
         torch._foreach_copy_(list(state.net.buffers()), kept)
     (state.adaptive or state.optimizer).step()
-    correct = (output.logits.argmax(1) == labels).sum()
+    if state.average is not None and not skipped:
+        state.average.update_parameters(state.net)
     finished = time.perf_counter()
     return StepResult(
-        output.loss.detach(),
-        correct,
+        torch.stack([one.loss for one in taken]).sum(),
+        torch.stack([one.correct for one in taken]).sum(),
         len(labels),
         rate,
         {} if state.adaptive is None else state.adaptive.ratios,
         finished - started,
-        forward_started - started,
+        sum(one.attack_s for one in taken),
     )
 
 
-def _loss(recipe: Recipe, step: int) -> partial[losses.LossOutput]:
-    smoothing = recipe.phase.label_smoothing
-    if recipe.attack is None:
-        return partial(losses.natural, label_smoothing=smoothing)
-    settings = recipe.attack
-    attack = Attack(settings.name, settings.steps, settings.step_size)
-    threat = Threat(settings.norm, recipe.eps(step))
-    if settings.loss == "trades":
-        return partial(losses.trades, attack=attack, threat=threat, beta=settings.beta, label_smoothing=smoothing)
-    return partial(losses.pgd_at, attack=attack, threat=threat, label_smoothing=smoothing)
+@dataclass(frozen=True)
+class _Taken:
+    """A micro-batch after its backward pass: its part of the mean loss, images it was right on, seconds before."""
+
+    loss: Tensor
+    correct: Tensor
+    attack_s: float
+
+
+def _backward(state: TrainState, recipe: Recipe, x: Tensor, y: Tensor, generator: torch.Generator) -> list[_Taken]:
+    """Attack, forward and backward in `accumulate` micro-batches; the last one's backward exchanges for all."""
+    num = recipe.phase.accumulate
+    xs, ys = x.chunk(num), y.chunk(num)
+    deltas: list[Tensor | None] = [None] * len(xs) if state.delta is None else list(state.delta.chunk(num))
+    taken = []
+    for i, part in enumerate(xs):
+        with contextlib.nullcontext() if i == len(xs) - 1 else state.ddp.no_sync():
+            one, deltas[i] = _micro_batch(state, recipe, part, ys[i], deltas[i], len(part) / len(x), generator)
+        taken.append(one)
+    moved = [delta for delta in deltas if delta is not None]
+    state.delta = torch.cat(moved) if moved else None
+    return taken
+
+
+def _micro_batch(
+    state: TrainState,
+    recipe: Recipe,
+    x: Tensor,
+    y: Tensor,
+    delta: Tensor | None,
+    weight: float,
+    generator: torch.Generator,
+) -> tuple[_Taken, Tensor | None]:
+    """weight: of its mean in the whole. delta, also returned: the perturbation of free training."""
+    started, step, loss = time.perf_counter(), state.position.step, recipe.loss
+    threat, attack = recipe.threat(step), recipe.attack_at(step, state.collapsed)
+    autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, recipe.phase.precision == "bf16")
+    is_free = recipe.attack is not None and recipe.attack.name == "free" and attack.name == "none"
+    attacked = state.attacked(x) if attack.num_gradients else state.net
+    with autocast():
+        x_adv = free.start(x, delta, threat) if is_free else loss.examples(attacked, x, y, attack, threat, generator)
+
+    def objective(forward: losses.Forward) -> losses.LossOutput:
+        with autocast():
+            return loss.objective(forward, x, x_adv, y)
+
+    awp = None if recipe.attack is None else recipe.attack.awp
+    worst = perturbed_weights(state.net, lambda: objective(state.net).loss, awp) if awp else contextlib.nullcontext()
+    with worst:
+        attack_s = time.perf_counter() - started
+        output = objective(state.ddp)
+        (output.loss * weight).backward()
+    correct = (output.logits.argmax(1) == y).sum()
+    taken = _Taken(output.loss.detach() * weight, correct, attack_s)
+    return taken, free.moved(x, x_adv, threat) if is_free else None

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.losses import TRADES_ATTACK, natural, pgd_at, trades
+from distrobust.adversarial.losses import MART, PGDAT, TRADES, TRADES_ATTACK, Natural, TrainingLoss
 from distrobust.adversarial.threat import Threat
 from distrobust.errors import ConfigError
 from distrobust.models import build
@@ -73,7 +73,7 @@ def trades_transcribed(
 
 def test_trades_equals_the_authors_loop() -> None:
     model, (x, y) = plain_model(), batch()
-    out = trades(model, model, x, y, TRADES_ATTACK, LINF, seeded())
+    out = TRADES()(model, model, x, y, TRADES_ATTACK, LINF, seeded())
     noise = torch.empty(x.shape).normal_(generator=seeded())
     loss, x_adv = trades_transcribed(model, x, y, noise, eps=0.031, step=0.007, steps=10, beta=6.0)
     assert out.x_adv is not None
@@ -88,8 +88,8 @@ def test_trades_equals_the_authors_loop() -> None:
 
 def test_trades_attack_raises_the_kl_and_not_the_cross_entropy_of_the_label() -> None:
     model, (x, y) = plain_model(), batch()
-    a = trades(model, model, x, y, TRADES_ATTACK, LINF, seeded())
-    b = trades(model, model, x, (y + 1) % 4, TRADES_ATTACK, LINF, seeded())
+    a = TRADES()(model, model, x, y, TRADES_ATTACK, LINF, seeded())
+    b = TRADES()(model, model, x, (y + 1) % 4, TRADES_ATTACK, LINF, seeded())
     assert a.x_adv is not None
     assert b.x_adv is not None
     assert torch.equal(a.x_adv, b.x_adv)  # labels play no part
@@ -106,19 +106,19 @@ def kl(model: nn.Module, x: Tensor, x_adv: Tensor) -> float:
 def test_trades_with_beta_zero_equals_natural() -> None:
     model, (x, y) = plain_model(), batch()
     for smoothing in (0.0, 0.1):
-        out = trades(model, model, x, y, TRADES_ATTACK, LINF, seeded(), beta=0.0, label_smoothing=smoothing)
-        torch.testing.assert_close(out.loss, natural(model, model, x, y, label_smoothing=smoothing).loss)
+        out = TRADES(smoothing, beta=0.0)(model, model, x, y, TRADES_ATTACK, LINF, seeded())
+        torch.testing.assert_close(out.loss, Natural(smoothing)(model, model, x, y).loss)
 
 
 def test_trades_at_radius_zero_has_no_robust_term() -> None:
     model, (x, y) = plain_model(), batch()
-    out = trades(model, model, x, y, TRADES_ATTACK, Threat("linf", 0.0), seeded())
-    torch.testing.assert_close(out.loss, natural(model, model, x, y).loss)
+    out = TRADES()(model, model, x, y, TRADES_ATTACK, Threat("linf", 0.0), seeded())
+    torch.testing.assert_close(out.loss, Natural()(model, model, x, y).loss)
 
 
 def test_natural_is_the_mean_cross_entropy() -> None:
     model, (x, y) = plain_model(), batch()
-    out = natural(model, model, x, y)
+    out = Natural()(model, model, x, y)
     torch.testing.assert_close(out.loss, F.cross_entropy(model(x), y))
     torch.testing.assert_close(out.logits, model(x).detach())
     assert out.adversarial_logits is None
@@ -128,19 +128,19 @@ def test_pgd_at_is_the_cross_entropy_on_the_attacks_images() -> None:
     model, (x, y) = plain_model(), batch()
     attack = Attack("pgd", steps=3)
     x_adv = attack(model, x, y, LINF, seeded())
-    out = pgd_at(model, model, x, y, attack, LINF, seeded(), label_smoothing=0.1)
+    out = PGDAT(0.1)(model, model, x, y, attack, LINF, seeded())
     assert out.x_adv is not None
     assert torch.equal(out.x_adv, x_adv)
     torch.testing.assert_close(out.loss, F.cross_entropy(model(x_adv), y, label_smoothing=0.1))
     assert out.clean_logits is None
 
 
-@pytest.mark.parametrize("loss", [natural, pgd_at, trades])
-def test_one_forward_pass_through_the_wrapper_and_one_update_of_the_statistics(loss) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("loss", [Natural(), PGDAT(), TRADES(), MART()], ids=lambda loss: type(loss).__name__)
+def test_one_forward_pass_through_the_wrapper_and_one_update_of_the_statistics(loss: TrainingLoss) -> None:
     model, (x, y) = norm_model(), batch()
     wrapper = Counting(model)
     out = loss(wrapper, model, x, y, Attack("pgd", steps=3), LINF, seeded())
-    assert wrapper.shapes == [torch.Size([12 if loss is trades else 6, 3, 8, 8])]
+    assert wrapper.shapes == [torch.Size([12 if isinstance(loss, TRADES | MART) else 6, 3, 8, 8])]
     assert model.get_buffer("stem.norm.num_batches_tracked").item() == 1
     assert out.logits.shape == (6, 4)
     assert not out.logits.requires_grad
@@ -151,13 +151,13 @@ def test_trades_attack_runs_in_evaluation_mode_and_leaves_no_parameter_gradient(
     model, (x, y) = norm_model().train(), batch()
     modes: list[bool] = []
     model.register_forward_hook(lambda *_: modes.append(any(m.training for m in model.modules())))
-    trades(model, model, x, y, Attack("pgd", steps=3), LINF, seeded())
+    TRADES()(model, model, x, y, Attack("pgd", steps=3), LINF, seeded())
     assert modes == [False] * 4 + [True]  # f(x), three steps, the training pass
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("loss", [natural, pgd_at, trades])
-def test_under_autocast_the_loss_is_float32_and_its_gradient_reaches_every_parameter(loss) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("loss", [Natural(), PGDAT(), TRADES(), MART()], ids=lambda loss: type(loss).__name__)
+def test_under_autocast_the_loss_is_float32_and_its_gradient_reaches_every_parameter(loss: TrainingLoss) -> None:
     model, (x, y) = norm_model(), batch()
     with torch.autocast("cpu", torch.bfloat16):
         out = loss(model, model, x, y, Attack("pgd", steps=2), LINF, seeded())
@@ -169,17 +169,43 @@ def test_under_autocast_the_loss_is_float32_and_its_gradient_reaches_every_param
 def test_trades_works_with_the_other_attacks() -> None:
     model, (x, y) = plain_model(), batch()
     losses = {
-        name: trades(model, model, x, y, Attack(name), LINF, seeded()).loss.item()
+        name: TRADES()(model, model, x, y, Attack(name), LINF, seeded()).loss.item()
         for name in ("none", "fgsm", "n_fgsm", "pgd")
     }
     assert losses["none"] < min(losses["fgsm"], losses["n_fgsm"], losses["pgd"])
 
 
-@pytest.mark.parametrize("beta", [-1.0, float("nan")])
-def test_impossible_beta_is_refused(beta: float) -> None:
-    model, (x, y) = plain_model(), batch(2)
-    with pytest.raises(ConfigError, match="trades beta"):
-        trades(model, model, x, y, TRADES_ATTACK, LINF, seeded(), beta=beta)
+def mart_transcribed(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    """The MART authors' loss (mart.py), line by line, for a model without batch norm."""
+    kl = nn.KLDivLoss(reduction="none")
+    logits, logits_adv = model(x), model(x_adv)
+    adv_probs = F.softmax(logits_adv, dim=1)
+    tmp1 = torch.argsort(adv_probs, dim=1)[:, -2:]
+    new_y = torch.where(tmp1[:, -1] == y, tmp1[:, -2], tmp1[:, -1])
+    loss_adv = F.cross_entropy(logits_adv, y) + F.nll_loss(torch.log(1.0001 - adv_probs + 1e-12), new_y)
+    nat_probs = F.softmax(logits, dim=1)
+    true_probs = torch.gather(nat_probs, 1, (y.unsqueeze(1)).long()).squeeze()
+    loss_robust = (1.0 / len(x)) * torch.sum(
+        torch.sum(kl(torch.log(adv_probs + 1e-12), nat_probs), dim=1) * (1.0000001 - true_probs)
+    )
+    return loss_adv + float(beta) * loss_robust
+
+
+def test_mart_equals_the_authors_loss() -> None:
+    model, (x, y) = plain_model(), batch()
+    out = MART(beta=6.0)(model, model, x, y, Attack("pgd", steps=3), LINF, seeded())
+    assert out.x_adv is not None
+    theirs = mart_transcribed(model, x, out.x_adv, y, 6.0)
+    torch.testing.assert_close(out.loss, theirs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(one, list(model.parameters())) for one in (out.loss, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("beta", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("loss", [TRADES, MART])
+def test_impossible_beta_is_refused(loss: type[TRADES] | type[MART], beta: float) -> None:
+    with pytest.raises(ConfigError, match=f"{loss.__name__.lower()} beta: {beta}"):
+        loss(beta=beta)
 
 
 @pytest.fixture
@@ -202,7 +228,7 @@ def test_trades_gives_a_ddp_wrapper_one_backward_with_each_bucket_once() -> None
 
     ddp = DistributedDataParallel(model)
     ddp.register_comm_hook(None, counting)
-    out = trades(ddp, ddp.module, x, y, Attack("pgd", steps=3), LINF, seeded())
+    out = TRADES()(ddp, ddp.module, x, y, Attack("pgd", steps=3), LINF, seeded())
     assert buckets == []
     out.loss.backward()
     assert buckets

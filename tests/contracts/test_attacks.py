@@ -1,5 +1,6 @@
 """The laws every attack obeys, in both norms. A new attack is one row of ATTACKS."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -23,7 +24,7 @@ ATTACKS = {
     "pgd_from_x": Attack("pgd", steps=4, random_start=False),
     "rs_fgsm": Attack("pgd", steps=1),
 }
-THREATS = {"linf": Threat("linf", 0.06), "l2": Threat("l2", 0.6)}
+THREATS = {"linf": Threat("linf", 0.06), "l2": Threat("l2", 0.6), "l1": Threat("l1", 6.0)}
 
 each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
 each_threat = pytest.mark.parametrize("threat", THREATS.values(), ids=THREATS.keys())
@@ -71,9 +72,9 @@ def test_stays_within_its_reach_and_in_the_unit_interval(problem: Problem, attac
     model, x, y = problem
     x_adv = attack(model, x, y, threat, seeded())
     delta = (x_adv - x).flatten(1).double()
-    distance = delta.abs().amax(1) if threat.norm == "linf" else delta.norm(dim=1)
-    # x + delta rounds by 2^-24 per pixel; 192 pixels make sqrt(192) of it in L2; a few such operations
-    assert distance.max() <= attack.reach(threat) + 4 * 14 * 2**-24
+    distance = delta.norm(p={"linf": math.inf, "l2": 2, "l1": 1}[threat.norm], dim=1)
+    # x + delta rounds by 2^-24 per pixel; 192 pixels make sqrt(192) of it in L2, 192 in L1; a few such operations
+    assert distance.max() <= attack.reach(threat) + 4 * (192 if threat.norm == "l1" else 14) * 2**-24
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
 
@@ -165,7 +166,7 @@ def test_more_steps_raise_the_loss_more_than_one(problem: Problem, threat: Threa
 
 
 @each_attack
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", THREATS)
 def test_radius_zero_returns_x(problem: Problem, attack: Attack, norm: str) -> None:
     model, x, y = problem
     assert torch.equal(attack(model, x, y, Threat(norm, 0.0), seeded()), x)  # type: ignore[arg-type]

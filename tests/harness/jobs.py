@@ -25,8 +25,8 @@ def run_job(config: Config) -> Outcome:
     return outcome
 
 
-def weights_of(config: Config) -> dict[str, Tensor]:
-    return read_model_file(config.run.dir / "models/fine-tuned.pt")["state"]  # type: ignore[no-any-return]
+def weights_of(config: Config, model: str = "fine-tuned") -> dict[str, Tensor]:
+    return read_model_file(config.run.dir / f"models/{model}.pt")["state"]  # type: ignore[no-any-return]
 
 
 def records_of(config: Config, event: str) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ RECORDS: list[dict[str, Any]] = [
     {"event": "phase", "phase": "train", "num_steps": 300, "steps_per_epoch": 100, "num_epochs": 3},
     step(),
     {"event": "epoch", "phase": "train", "step": 100, "clean_accuracy": 0.7, "robust_accuracy": 0.3, "attack": "PGD"},
+    {"event": "watch", "phase": "train", "step": 100, "fgsm_accuracy": 0.4, "pgd_accuracy": 0.3, "gap": 0.1},
     {"event": "checkpoint", "time": 1e9, "phase": "train", "step": 100, "seconds": 0.2, "bytes": 3_000_000},
     {"event": "evaluation", "model": "fine-tuned", "attack": "PGD", "accuracy": 0.3, "low": 0.2, "high": 0.4,
      "samples": 500},

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distrobust.adversarial.attacks import fgsm, n_fgsm, pgd
-from distrobust.adversarial.losses import TRADES_ATTACK, trades
+from distrobust.adversarial.losses import TRADES, TRADES_ATTACK
 from distrobust.adversarial.threat import Threat, noise
 
 Array = npt.NDArray[np.float64]
@@ -122,7 +122,7 @@ def test_trades(norm: str, eps: float) -> None:
     eta = torch.empty(SHAPE).normal_(generator=seeded()).double().flatten(1).numpy()
     start, target = p.x + 0.001 * eta, softmax(p.x @ p.w.T + p.b)
     x_adv = ascent(p.w, p.b, p.x, start, target, norm, eps, steps=10, alpha=eps * 0.007 / 0.031)
-    out = trades(p.model, p.model, p.tx, p.y, TRADES_ATTACK, threat, seeded(), beta=6.0)
+    out = TRADES(beta=6.0)(p.model, p.model, p.tx, p.y, TRADES_ATTACK, threat, seeded())
     assert out.x_adv is not None
     # the KL's gradient starts near 0.001: cancellation costs three digits in the L2 direction
     np.testing.assert_allclose(out.x_adv.flatten(1).numpy(), x_adv, rtol=0, atol=1e-9)
