@@ -194,7 +194,7 @@ def test_examples_outside_the_ball_are_flagged() -> None:
     assert flag.reason.startswith("3 examples")
 
 
-@pytest.mark.parametrize(("norm", "order"), [("linf", math.inf), ("l2", 2)])
+@pytest.mark.parametrize(("norm", "order"), [("linf", math.inf), ("l2", 2), ("l1", 1)])
 def test_the_large_ball_around_any_image_holds_the_grey_one(norm: str, order: float) -> None:
     large = grey_budget(Threat(norm, 0.1), 64)  # type: ignore[arg-type]
     corners = torch.randint(2, (50, 64), generator=torch.Generator().manual_seed(0)).float()

@@ -24,13 +24,14 @@ from distrobust.adversarial.finding import Finding, expected_robustness
 from distrobust.adversarial.libraries import AutoAttackPart
 from distrobust.adversarial.passes import counted
 from distrobust.adversarial.suite import Suite, parse_budget, parse_names
-from distrobust.adversarial.threat import Threat
+from distrobust.adversarial.threat import Norm, Threat
 from distrobust.adversarial.trial import Trial, Verdict, attempt, in_ball
 from distrobust.errors import ConfigError
 
 # foolbox 3.3.4 imports gaussian_filter from a module scipy has deprecated; nothing of ours can change that.
 needs_foolbox = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 LINF = Threat("linf", 0.06)
+EPS = {"linf": 0.06, "l2": 0.5, "l1": 2.0}
 CLEAN = Trial("clean")
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -42,13 +43,13 @@ def model_and_batches() -> tuple[nn.Module, Batches]:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AutoAttack's four with ten steps instead of a hundred, and 50 queries instead of 5000."""
+    """AutoAttack's four with six steps instead of a hundred, and 50 queries instead of 5000."""
     from pyautoattack import AutoAttack
 
     def made(self: AutoAttack, *arguments: object, **options: object) -> None:
         original(self, *arguments, **options)
         for attack in (self.apgd, self.apgd_targeted, self.fab):
-            attack.n_iter = 10
+            attack.n_iter = attack.n_iter_orig = 6
 
     original = AutoAttack.__init__
     monkeypatch.setattr(AutoAttack, "__init__", made)
@@ -61,13 +62,13 @@ def right(evaluation_result: object) -> tuple[int, ...]:
 
 @needs_foolbox
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 def test_shards_of_three_ranks_give_the_verdicts_of_one(
     model_and_batches: tuple[nn.Module, Batches], norm: str
 ) -> None:
     """All attacks, AutoAttack included: rank r takes batches r, r + 3, ... in any order of ranks."""
     model, batches = model_and_batches
-    threat = Threat(norm, {"linf": 0.06, "l2": 0.5}[norm])  # type: ignore[arg-type]
+    threat = Threat(norm, EPS[norm])  # type: ignore[arg-type]
     wanted = Suite(threat, ("pgd", "autoattack", "foolbox", "transfer"), steps=3, checks=False)
     whole = run(model, batches, wanted, num_classes=attacked.CLASSES, seed=3, source=model)
     labels = torch.cat([y for _, y in batches]).numpy()
@@ -103,14 +104,14 @@ def gradients_taken(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_autoattacks_parts_in_a_row_are_the_librarys_own_run(
     model_and_batches: tuple[nn.Module, Batches], norm: str
 ) -> None:
     from pyautoattack import AutoAttack
 
     model, (x, y) = model_and_batches[0], model_and_batches[1][0]
-    threat = Threat(norm.lower(), {"Linf": 0.06, "L2": 0.5}[norm])  # type: ignore[arg-type]
+    threat = Threat(norm.lower(), EPS[norm.lower()])  # type: ignore[arg-type]
     theirs = AutoAttack(model, norm=norm, eps=threat.eps, seed=batch_seed(0, 0))
     theirs.square.n_queries = 50
     for targeted in (theirs.apgd_targeted, theirs.fab):
@@ -313,11 +314,11 @@ def test_a_key_names_everything_but_the_role() -> None:
     assert replace(trial, role="check").key == trial.key
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 def test_points_of_the_ball_are_inside_and_others_are_not(norm: str) -> None:
     threat = Threat(norm, 0.2)  # type: ignore[arg-type]
     x = torch.full((4, 1, 2, 2), 0.5)
-    step = 0.2 / {"linf": 1.0, "l2": 2.0}[norm]  # of each of four entries
+    step = 0.2 / {"linf": 1.0, "l2": 2.0, "l1": 4.0}[norm]  # of each of four entries
     x_adv = x + torch.tensor([step, 1.01 * step, math.nan, 0.0]).view(4, 1, 1, 1)
     x[3], x_adv[3] = 1.0, 1.01
     assert in_ball(x_adv, x, threat).tolist() == [True, False, False, False]
