@@ -114,7 +114,7 @@ def _launch(config: Config, directory: RunDirectory) -> Outcome:
     help="Of pgd, autoattack, foolbox (a second opinion), square (without gradients), curve (over eps); or all.",
 )
 @click.option("--eps", default="8/255", show_default=True, help="Budget, inputs in [0, 1].")
-@click.option("--norm", default="linf", show_default=True, help="Of the ball: linf, l2, ...")
+@click.option("--norm", default="linf", show_default=True, help="Of the ball: linf, l2 or l1.")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="PGD steps.")
 @click.option("--restarts", default=1, show_default=True, type=click.IntRange(1), help="PGD starts; the worst counts.")
 @click.option("--curve-eps", metavar="LIST", help="Budgets of the curve, as 2/255,4/255; default: 1/4 to 2 times eps.")

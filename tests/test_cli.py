@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from distrobust import cli
+from distrobust.adversarial.suite import Name
+from distrobust.adversarial.threat import Norm
 from distrobust.train.modelfile import build_model, save_model_file
 
 
@@ -89,6 +92,13 @@ def test_evaluate_prints_attack_budget_seed_count_interval_and_flags(
     assert written["results"][1]["score"]["samples"] == 40
     assert written == json.loads((tmp_path / "model.evaluation/evaluation.json").read_text())
     assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_help_names_every_norm_and_attack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("evaluate", "--help", monkeypatch=monkeypatch) == 0
+    text = capsys.readouterr().out
+    names = {*get_args(Norm), *get_args(Name)} - {"transfer"}  # that one is --source
+    assert [name for name in names if name not in text] == []
 
 
 def test_plots_without_matplotlib_say_what_to_install(

@@ -62,7 +62,7 @@ def _in_processes(opened: Opened, workers: int, progress: Progress | None) -> No
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(workers)]
     processes = [
-        context.Process(target=_worker, args=(opened.job, rank, workers, pipe[1]), daemon=True)
+        context.Process(target=_worker, args=(opened.job, rank, workers, os.getpid(), pipe[1]), daemon=True)
         for rank, pipe in enumerate(pipes)
     ]
     try:
@@ -96,9 +96,8 @@ def _raise_first(opened: Opened, processes: list[Any], receivers: list[Connectio
             )
 
 
-def _worker(job: Job, rank: int, num_ranks: int, sender: Connection) -> None:
+def _worker(job: Job, rank: int, num_ranks: int, parent: int, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; the first process says so
-    parent = os.getppid()
     try:
         _set_threads(job, num_ranks)
         run_rank(Opened(job), rank, num_ranks, abandoned=lambda: os.getppid() != parent)

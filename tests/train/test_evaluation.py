@@ -252,6 +252,22 @@ def test_under_torchrun_the_first_rank_waits_for_the_others(job: Job, monkeypatc
     assert [r["score"]["samples"] for r in content["results"]] == [35] * 5
 
 
+def test_a_worker_whose_parent_is_gone_stops_after_its_batch(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Opened(job)
+    opened.directory.open(opened.settings())
+    seen = count_attempts(monkeypatch)
+    _, sender = multiprocessing.Pipe(duplex=False)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        evaluation_ranks._worker(job, 0, 2, -1, sender)  # no process has this number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == []
+    answers = iter([False, False, True])
+    run_rank(opened, 0, 1, abandoned=lambda: next(answers))
+    assert len(seen) == 2
+
+
 @pytest.mark.procs
 def test_worker_processes_say_what_one_process_says(job: Job, tmp_path: Path) -> None:
     whole = evaluate(replace(job, out=tmp_path / "whole"))
@@ -276,7 +292,7 @@ def test_a_workers_error_keeps_its_type_and_text(job: Job) -> None:
     before = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit):
-            evaluation_ranks._worker(bad, 0, 2, sender)
+            evaluation_ranks._worker(bad, 0, 2, os.getppid(), sender)
     finally:
         signal.signal(signal.SIGINT, before)
     process = SimpleNamespace(exitcode=1)
