@@ -19,8 +19,11 @@ from typing import Any
 import record
 
 from distrobust import config as configuration
+from distrobust.adversarial.suite import Suite
+from distrobust.adversarial.threat import Threat
 from distrobust.metrics import jsonl
-from distrobust.train.evaluation import evaluate_file
+from distrobust.train.evaluation import Job
+from distrobust.train.evaluation_ranks import evaluate
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "launch/cifar10.yaml"
@@ -84,19 +87,14 @@ def measure(directory: Path, data: Path, seed: int) -> dict[str, Any]:
             if r["event"] == "evaluation"
         ],
     }
-    model = directory / "models/fine-tuned.pt"
-    *_, second = evaluate_file(model, data, "linf", 8 / 255, 20, FOOLBOX_IMAGES, seed, independent=True, threads=2)
+    model, suite = directory / "models/fine-tuned.pt", Suite(Threat("linf", 8 / 255), ("foolbox",), steps=20)
+    job = Job(model, data, suite, directory / "evaluation", images=FOOLBOX_IMAGES, batch=250, seed=seed, threads=2)
+    evaluation = evaluate(job)
+    assert evaluation is not None
+    second = evaluation["results"][-1]["score"]
     result["scores"].append(
-        {
-            "model": "fine-tuned",
-            "attack": second.attack,
-            "accuracy": second.accuracy,
-            "low": second.low,
-            "high": second.high,
-            "samples": second.samples,
-            "seed": second.seed,
-            "flags": list(second.flags),
-        }
+        {"model": "fine-tuned"}
+        | {key: second[key] for key in ("attack", "accuracy", "low", "high", "samples", "seed", "flags")}
     )
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import threading
@@ -105,39 +106,88 @@ def _launch(config: Config, directory: RunDirectory) -> Outcome:
 @click.option(
     "--data", "data_path", required=True, type=click.Path(path_type=Path), help="Directory with test.parquet."
 )
-@click.option("--eps", default="8/255", show_default=True, help="Budget, inputs in [0, 1].")
-@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="PGD steps.")
 @click.option(
-    "--images", default=0, show_default=True, type=click.IntRange(0), help="Images attacked, evenly spaced; 0: all."
+    "--attacks",
+    default="pgd",
+    show_default=True,
+    metavar="LIST",
+    help="Of pgd, autoattack, foolbox (a second opinion), square (without gradients), curve (over eps); or all.",
 )
+@click.option("--eps", default="8/255", show_default=True, help="Budget, inputs in [0, 1].")
+@click.option("--norm", default="linf", show_default=True, help="Of the ball: linf, l2 or l1.")
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="PGD steps.")
+@click.option("--restarts", default=1, show_default=True, type=click.IntRange(1), help="PGD starts; the worst counts.")
+@click.option("--curve-eps", metavar="LIST", help="Budgets of the curve, as 2/255,4/255; default: 1/4 to 2 times eps.")
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="Other model file: try on this one what fools that one."
+)
+@click.option("--no-checks", is_flag=True, help="Skip the extra attacks that look for reasons to distrust the numbers.")
+@click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Evenly spaced; 0: all.")
+@click.option("--batch", default=100, show_default=True, type=click.IntRange(1), help="Images attacked together.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--independent", is_flag=True, help="Also attack with foolbox's PGD.")
-@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="torch threads; 0: all cores.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes to share batches.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="Of torch, each; 0: all cores.")
+@click.option("--gpu", is_flag=True, help="One GPU a process.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to keep results; default: beside the model file.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the record here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw accuracy against eps to this .png, .svg or .pdf.")
 def evaluate(
     checkpoint: Path,
     data_path: Path,
+    attacks: str,
     eps: str,
     norm: str,
     steps: int,
-    images: int,
-    seed: int,
-    independent: bool,
-    threads: int,
+    restarts: int,
+    curve_eps: str | None,
+    source: Path | None,
+    no_checks: bool,
+    out: Path | None,
+    workers: int,
+    json_path: Path | None,
+    plot: Path | None,
+    **others: Any,
 ) -> None:
-    """Clean and robust accuracy of a model file (models/*.pt of a run)."""
-    from distrobust.train import evaluation
+    """Clean and robust accuracy of a model file (models/*.pt of a run), with reasons to distrust it.
 
-    budget = configuration.parse({"data": {"path": data_path}, "attack": {"norm": norm, "eps": eps}}, "--eps").attack
-    assert budget is not None
-    for score in evaluation.evaluate_file(
-        checkpoint, data_path, budget.norm, budget.eps, steps, images, seed, independent, threads
-    ):
-        flags = f"  [{'; '.join(score.flags)}]" if score.flags else ""
-        click.echo(
-            f"{score.attack:<28} {100 * score.accuracy:5.1f} %  95 % interval {100 * score.low:.1f} .. "
-            f"{100 * score.high:.1f}  n = {score.samples}  seed {score.seed}  {score.seconds:.1f} s{flags}"
-        )
+    Every finished batch is kept: the same command continues after an interruption, and with more --attacks does
+    only those. Under torchrun its ranks share the batches.
+    """
+    from distrobust import report_evaluation
+    from distrobust.adversarial.suite import Suite, parse_budget, parse_names
+    from distrobust.adversarial.threat import Threat
+    from distrobust.train.evaluation import Job
+    from distrobust.train.evaluation_ranks import evaluate as evaluate_job
+
+    if plot is not None:
+        report_evaluation.check_plot(plot)
+    if json_path is not None:
+        report_evaluation.check_directory("--json", json_path)
+    names = parse_names(attacks, transfer=source is not None)
+    suite = Suite(
+        Threat(norm, parse_budget(eps)),  # type: ignore[arg-type]  # checks the name
+        tuple(dict.fromkeys([*names, *(["curve"] if curve_eps or plot else [])])),
+        steps=steps,
+        restarts=restarts,
+        curve=tuple(parse_budget(part) for part in curve_eps.split(",")) if curve_eps else (),
+        checks=not no_checks,
+    )
+    directory = checkpoint.with_suffix(".evaluation") if out is None else out
+    job = Job(checkpoint, data_path, suite, directory, source=source, **others)
+    record = evaluate_job(job, workers, _progress if sys.stderr.isatty() else None)
+    if record is None:
+        return  # a rank of torchrun that is not the first
+    for line in report_evaluation.lines(record):
+        click.echo(line)
+    if json_path is not None:
+        json_path.write_text(json.dumps(record, indent=1) + "\n")
+    if plot is not None:
+        report_evaluation.draw(plot, record)
+    click.echo(f"Record: {json_path or directory / 'evaluation.json'}" + (f", plot: {plot}" if plot else ""))
+
+
+def _progress(attack: str, done: int, total: int) -> None:
+    print(f"\r\033[K{attack}: {done} of {total} batches\r", end="", file=sys.stderr, flush=True)
 
 
 @commands.command()

@@ -1,13 +1,18 @@
 """The command line: one line and exit code 2 for a mistake, never a traceback."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from distrobust import cli
+from distrobust.adversarial.suite import Name
+from distrobust.adversarial.threat import Norm
 from distrobust.train.modelfile import build_model, save_model_file
 
 
@@ -27,7 +32,12 @@ def _run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["config", "launch/digits.yaml", "--set", "compress.densty=1"], "did you mean 'density'"),
         (["report", "nowhere"], "nowhere"),
         (["evaluate", "nowhere.pt", "--data", "x"], "no such file"),
-        (["evaluate", "nowhere.pt", "--data", "x", "--eps", "8"], "did you mean 8/255"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--eps", "8"], "write 8/255"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--norm", "l3"], "threat.norm: 'l3'"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--attacks", "pgd,autoatack"], "did you mean 'autoattack'"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--attacks", "transfer"], "give it with --source"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--plot", "x.gif"], "ends in .png, .svg or .pdf"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--json", "no/where.json"], "create it first"),
         (["evaluate", "nowhere.pt"], "Missing option '--data'"),
         (["search", "launch/digits.yaml"], "search: wanted a pre-trained model"),
         (["search", "launch/digits.yaml", "--choices", "0,x"], "--choices: got '0,x', wanted numbers"),
@@ -60,13 +70,45 @@ def test_evaluate_prints_attack_budget_seed_count_interval_and_flags(
     save_model_file(tmp_path / "model.pt", build_model("cnn", source, 0), "cnn", source)
     threads = torch.get_num_threads()
     options = ["--data", str(tmp_path / "digits"), "--eps", "0.1", "--steps", "2", "--images", "40", "--threads", "1"]
+    options += ["--curve-eps", "0.05,0.1", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
     assert _run("evaluate", str(tmp_path / "model.pt"), *options, monkeypatch=monkeypatch) == 0
     assert torch.get_num_threads() == threads == 1
-    clean, robust = capsys.readouterr().out.splitlines()
-    assert "clean" in clean
-    assert "n = 360" in clean
-    for part in ("PGD-2 Linf 0.1", "n = 40", "seed 0", "95 % interval", "few samples"):
-        assert part in robust
+    lines = capsys.readouterr().out.splitlines()
+    numbers = [line for line in lines if " %" in line]
+    for line, attack in zip(
+        numbers,
+        ["clean", "PGD-2 Linf 0.1", "PGD-2 Linf 0.05", "PGD-2 Linf 0.1", "PGD-10 Linf 0.1", "PGD-2 Linf 0.5"],
+        strict=False,
+    ):
+        assert line.startswith(attack)
+    assert numbers[-1].startswith("Expected robustness over Linf 0 .. 0.1 (PGD-2): ")
+    for line in numbers:
+        for part in ("n = 40", "seed 0", "95 % interval", "flags: few samples"):
+            assert part in line
+    (per_class,) = [line for line in lines if line.startswith("Per class, PGD-2 Linf 0.1, seed 0, flags: few samples")]
+    assert re.search(r": 0 \d+/\d+, 1 \d+/\d+", per_class)
+    assert any(line.startswith("Flag: few samples: 40, fewer than 1000") for line in lines)
+    assert any(line.startswith("      do: evaluate more images") for line in lines)
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["settings"]["seed"] == 0
+    assert written["results"][1]["score"]["samples"] == 40
+    assert written == json.loads((tmp_path / "model.evaluation/evaluation.json").read_text())
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_help_names_every_norm_and_attack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("evaluate", "--help", monkeypatch=monkeypatch) == 0
+    text = capsys.readouterr().out
+    names = {*get_args(Norm), *get_args(Name)} - {"transfer"}  # that one is --source
+    assert [name for name in names if name not in text] == []
+
+
+def test_plots_without_matplotlib_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert _run("evaluate", "nowhere.pt", "--data", "x", "--plot", "a.svg", monkeypatch=monkeypatch) == 2
+    assert "pip install 'distrobust[plots]'" in capsys.readouterr().err
 
 
 def test_python_dash_m_is_the_same_program() -> None:

@@ -4,14 +4,7 @@
         (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
 
 Each rank counts (`Counts`: integers that add up over ranks with +, or with a SUM over `pack()`); `score`
-makes the number. Flags, after auto-attack's page on reasons for distrust:
-
-| flag | raised when | what to do |
-| --- | --- | --- |
-| few samples | fewer than 1000 images | evaluate more: the interval says how far off it may be |
-| zero gradients | an image's input gradient is all zero | trust only attacks without gradients |
-| non-finite gradients | an input gradient has NaN or infinity | the attack is blind there |
-| training mode | the model came in training mode | it was evaluated in evaluation mode: check the caller |
+makes the number, with the flags of flags.py that counts alone can raise.
 """
 
 from __future__ import annotations
@@ -24,10 +17,10 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from distrobust.adversarial import flags
 from distrobust.adversarial.attacks import Attack
+from distrobust.adversarial.flags import MIN_SAMPLES
 from distrobust.adversarial.threat import Norm, Threat
-
-MIN_SAMPLES = 1000
 
 
 def wilson(correct: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -157,15 +150,15 @@ def score(
 
 
 def reasons_for_distrust(counts: Counts) -> tuple[str, ...]:
-    """The flags of the table above that `counts` raise."""
+    """The flags that `counts` raise, as sentences."""
     n = counts.samples
-    flags = []
+    raised = []
     if n < MIN_SAMPLES:
-        flags.append(f"few samples: {n}, fewer than {MIN_SAMPLES}")
+        raised.append(flags.few_samples(n))
     if counts.zero_gradients:
-        flags.append(f"zero gradients: the input gradient of {counts.zero_gradients} of {n} images is zero everywhere")
+        raised.append(flags.zero_gradients(counts.zero_gradients, n))
     if counts.nonfinite_gradients:
-        flags.append(f"non-finite gradients: in the input gradient of {counts.nonfinite_gradients} of {n} images")
+        raised.append(flags.nonfinite_gradients(counts.nonfinite_gradients, n))
     if counts.training_mode:
-        flags.append("training mode: the model was given in training mode and evaluated in evaluation mode")
-    return tuple(flags)
+        raised.append(flags.training_mode())
+    return tuple(str(flag) for flag in raised)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from distrobust.adversarial.accuracy import Counts
 from distrobust.adversarial.attacks import Attack, cross_entropy_sum, evaluation_mode, input_gradient
+from distrobust.adversarial.libraries import foolbox_examples, require
 from distrobust.adversarial.threat import Norm, Threat
 from distrobust.errors import ConfigError, DataError
 
@@ -54,7 +55,7 @@ def count_correct(
     if attack is not None and attack.name == "n_fgsm":
         raise ConfigError("evaluation: n_fgsm leaves the ball of radius eps, so it measures no robustness; use pgd")
     tally = _Tally(model)
-    for x, y, generator in _prepared(model, batches, seed, indices):
+    for x, y, generator in prepared(model, batches, seed, indices):
         with _float32_evaluation(model, x.device):
             if attack is None or threat is None or attack.name == "none":
                 right = _predict(model, x) == y
@@ -81,27 +82,27 @@ def foolbox_pgd(
     """count_correct under foolbox's PGD with random start: an implementation independent of ours, to
     check it by.
 
-    The step is eps / 4, given explicitly: foolbox's default (eps / 30 for 40 steps) moves too little in
-    few steps and reports false robustness. foolbox draws from torch's global generators, which are seeded
-    per batch inside and restored. Its backward passes would fill parameters' .grad, so the parameters are
-    frozen meanwhile. Raises ConfigError if foolbox is not installed.
+    foolbox draws from torch's global generators, which are seeded per batch inside and restored. Its backward
+    passes would fill parameters' .grad, so the parameters are frozen meanwhile. Raises ConfigError if foolbox
+    is not installed.
     """
-    try:
-        import foolbox
-        from foolbox.models.pytorch import PyTorchModel
-    except ImportError as error:
-        raise ConfigError("evaluation: foolbox is not installed; pip install 'distrobust[evaluation]'") from error
+    require("foolbox")
     threat = Threat(norm, eps)
-    make = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
-    attack = make(abs_stepsize=threat.eps / 4, steps=steps, random_start=True)
     tally = _Tally(model)
-    for x, y, generator in _prepared(model, batches, seed, indices):
-        with _float32_evaluation(model, x.device), _frozen(model), _global_seed(generator):
-            wrapped = PyTorchModel(model, bounds=(0, 1), device=x.device)
-            x_adv = attack.run(wrapped, x, foolbox.criteria.Misclassification(y), epsilon=threat.eps)
+    for x, y, generator in prepared(model, batches, seed, indices):
+        with settled(model, generator):
+            x_adv = foolbox_examples(model, x, y, threat, steps)
             right = (_predict(model, x) == y) & (_predict(model, x_adv) == y)
         tally.images(right, y)
     return tally.counts()
+
+
+@contextmanager
+def settled(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """`model` for an attack that does as it likes: float32, evaluation mode, frozen parameters, and torch's
+    global generators seeded like `generator`; everything is as before afterwards."""
+    with _float32_evaluation(model, generator.device), _frozen(model), _global_seed(generator):
+        yield
 
 
 class _Tally:
@@ -139,11 +140,11 @@ class _Tally:
         )
 
 
-def _prepared(
+def prepared(
     model: nn.Module, batches: Batches, seed: int, indices: Iterable[int] | None
 ) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
     """Float32 contiguous images in [0, 1], int64 labels, and the batch's own generator, on the model's
-    device."""
+    device. DataError for float images outside [0, 1]."""
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     numbers = iter(itertools.count() if indices is None else indices)
