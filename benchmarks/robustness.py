@@ -1,0 +1,245 @@
+"""What makes an adversarial fine-tuning good: start, schedule, radius, loss, noise-adaptive rates, compression?
+
+    python benchmarks/robustness.py run --data DIR [--seeds 0 1 2] [--only TEXT] [--work DIR]
+    python benchmarks/robustness.py write [--work DIR]
+
+CIFAR-10, resnet9, N-FGSM at 8/255 unless said otherwise, two real workers through torchrun, launch/cifar10.yaml dense
+and with one thing changed at a time (`cells`). The natural model, eight epochs, is trained once a seed. Every learning
+rate is the best of PEAKS on seed 0, chosen by PGD-10 on the held-out rows, the same three for every schedule and start.
+
+Clean accuracy on all test images; on the same 1,000, evenly spaced: PGD-20, and, for cells marked `autoattack`,
+AutoAttack standard. Cost is processor time of training steps, natural pre-training included where there is some. Runs
+already in the work directory are kept, killed ones continued; `write` makes the record of what is there, and its plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import record
+
+from distrobust.adversarial.suite import Suite
+from distrobust.adversarial.threat import Threat
+from distrobust.metrics import jsonl
+from distrobust.train.evaluation import Job
+from distrobust.train.evaluation_ranks import evaluate
+
+ROOT = Path(__file__).parent.parent
+FILE = ROOT / "launch/cifar10.yaml"
+IMAGES = 1000
+PEAKS = (0.1, 0.3, 0.6)
+Cell = dict[str, Any]
+
+
+def cells() -> list[Cell]:
+    """Name, what is changed against 3 epochs of dense fine-tuning, and which question it belongs to."""
+    rows: list[Cell] = []
+
+    def add(question: str, name: str, *changes: str, scratch: bool = False, autoattack: bool = False) -> None:
+        rows.append(
+            {
+                "question": question,
+                "name": name,
+                "changes": list(changes),
+                "scratch": scratch,
+                "autoattack": autoattack,
+            }
+        )
+
+    add("start", "fine-tuned, 3 epochs", autoattack=True)
+    add("start", "fine-tuned, 10 epochs", "train.epochs=10", autoattack=True)
+    add("start", "from scratch, 3 epochs", scratch=True)
+    add("start", "from scratch, 10 epochs", "train.epochs=10", scratch=True, autoattack=True)
+    add("start", "from scratch, 30 epochs", "train.epochs=30", scratch=True, autoattack=True)
+    for name in ("slow_start_fast_decay", "cosine", "constant"):
+        add("schedule", name, f"train.schedule.name={name}")
+    for share in (0.0, 0.5):
+        add("radius", f"eps rises over {share:.0%} of the phase", f"attack.ramp={share}")
+    add("loss", "TRADES, PGD-5", "attack.name=pgd", "attack.steps=5", "attack.loss=trades")
+    add("loss", "MART, PGD-5", "attack.name=pgd", "attack.steps=5", "attack.loss=mart")
+    add("loss", "PGD-AT, PGD-5", "attack.name=pgd", "attack.steps=5")
+    add("loss", "weight perturbation 0.005", "attack.awp=0.005")
+    add("loss", "average of the weights, 0.99", "train.average=0.99")
+    add("loss", "label smoothing 0.1", "train.label_smoothing=0.1")
+    add("loss", "free, 4 replays, 1 epoch", "attack.name=free", "attack.replays=4", "train.epochs=1")
+    add("rates", "noise-adaptive rates", "noise={}")
+    for factor in (100, 1000):
+        budget = f"{{density: auto, fewer_bytes: {factor}, step_ahead: true, final_steps: 1, final_density: 0.5}}"
+        add("compression", f"{factor} times fewer bytes", f"compress={budget}", autoattack=factor == 100)
+    return rows
+
+
+def train(directory: Path, overrides: list[str]) -> None:
+    outcome = directory / "outcome.json"
+    if outcome.exists() and '"done"' in outcome.read_text():
+        return
+    options = [part for override in [*overrides, f"run.dir={directory}"] for part in ("--set", override)]
+    command = [sys.executable, "-m", "distrobust", "train", str(FILE), "--launcher", "torchrun", *options]
+    subprocess.run(command, check=True)
+
+
+def natural(work: Path, data: Path, seed: int) -> Path:
+    """The run whose models/pre-trained.pt all fine-tuning of this seed starts from; it goes on for one epoch itself."""
+    directory = work / f"natural-{seed}"
+    train(directory, [*_common(data, seed), "compress=null", "train.epochs=1", "evaluate.images=250"])
+    return directory
+
+
+def _common(data: Path, seed: int) -> list[str]:
+    return [f"data.path={data}", f"run.seed={seed}", "metrics.port=null"]
+
+
+def tuned(cell: Cell) -> str:
+    """What a peak is chosen for: changes of the schedule or the start ask for another, the rest shares one."""
+    if cell["question"] == "schedule":
+        return str(cell["name"])
+    return "scratch" if cell["scratch"] else "one_cycle"
+
+
+def peak(cell: Cell, work: Path, data: Path) -> float:
+    """The one of PEAKS with the best held-out PGD-10 accuracy after 3 epochs on seed 0."""
+    schedule = [change for change in cell["changes"] if change.startswith("train.schedule.name")]
+    best: dict[float, float] = {}
+    for value in PEAKS:
+        directory = work / f"tuning {tuned(cell)} {value}"
+        changes = [*schedule, f"train.schedule.peak={value}", "evaluate.test=false"]
+        train(directory, [*_start(cell, work, data, 0), *changes])
+        epochs = [r for r in jsonl.latest(jsonl.read(directory / "metrics.jsonl")) if r["event"] == "epoch"]
+        best[value] = next(r for r in reversed(epochs) if r["phase"] == "train")["robust_accuracy"]
+    return max(best, key=lambda value: best[value])
+
+
+def _start(cell: Cell, work: Path, data: Path, seed: int) -> list[str]:
+    start = [] if cell["scratch"] else [f"model.weights={natural(work, data, seed) / 'models/pre-trained.pt'}"]
+    return [*_common(data, seed), "compress=null", "pretrain=null", "evaluate.held_out_images=0", *start]
+
+
+def run(cell: Cell, work: Path, data: Path, seed: int) -> None:
+    """Trains and scores one cell."""
+    directory = work / f"{cell['name']}, seed {seed}".replace("/", " ")
+    result = directory / "result.json"
+    if result.exists():
+        return
+    value = peak(cell, work, data)
+    overrides = [f"train.schedule.peak={value}", f"evaluate.images={IMAGES}", *cell["changes"]]
+    train(directory, [*_start(cell, work, data, seed), *overrides])
+    records = jsonl.latest(jsonl.read(directory / "metrics.jsonl"))
+    steps = [r for r in records if r["event"] == "step"]
+    scores = {
+        r["attack"]: {key: r[key] for key in ("accuracy", "low", "high", "samples", "seed", "flags")}
+        for r in records
+        if r["event"] == "evaluation" and r["model"] == "fine-tuned"
+    }
+    content = {
+        "cell": cell,
+        "seed": seed,
+        "peak": value,
+        "step_s": sum(r["step_s"] for r in steps) / len(steps),
+        "steps": steps[-1]["step"],
+        "sent_bytes": steps[-1]["sent_bytes"],
+        "dense_bytes": steps[-1]["dense_bytes"],
+        "scores": scores | (autoattack(directory, data, seed) if cell["autoattack"] else {}),
+        "commit": record.COMMIT,
+    }
+    result.write_text(json.dumps(content))
+
+
+def autoattack(directory: Path, data: Path, seed: int) -> dict[str, Any]:
+    """Its verdict over all its parts, on the images of PGD-20."""
+    suite = Suite(Threat("linf", 8 / 255), ("autoattack",), checks=False)
+    model, out = directory / "models/fine-tuned.pt", directory / "evaluation"
+    found = evaluate(Job(model, data, suite, out, images=IMAGES, batch=100, seed=seed, threads=1), workers=2)
+    assert found is not None
+    score = found["results"][-1]["score"]
+    return {"AutoAttack": {key: score[key] for key in ("accuracy", "low", "high", "samples", "seed", "flags")}}
+
+
+def write(work: Path) -> Path:
+    """The record of the results in `work`, with the natural model's cost."""
+    found = [json.loads(path.read_text()) for path in sorted(work.glob("*/result.json"))]
+    rows = []
+    for cell in cells():
+        runs = [r for r in found if r["cell"]["name"] == cell["name"]]
+        if not runs:
+            continue
+        attacks = dict.fromkeys(attack for r in runs for attack in r["scores"])
+        rows.append(
+            {
+                **cell,
+                "peak": runs[0]["peak"],
+                "scores": {a: record.interval([r["scores"][a]["accuracy"] for r in runs]) for a in attacks},
+                "train_minutes": record.interval([r["step_s"] * r["steps"] / 60 for r in runs]),
+                "fewer_bytes": record.interval([r["dense_bytes"] / r["sent_bytes"] for r in runs]),
+                "runs": runs,
+            }
+        )
+    pretraining = []
+    for path in sorted(work.glob("natural-*/metrics.jsonl")):
+        steps = [r for r in jsonl.read(path) if r["event"] == "step" and r["phase"] == "pretrain"]
+        pretraining.append(sum(r["step_s"] for r in steps) / len(steps) * steps[-1]["step"] / 60)
+    content = {
+        "setting": __doc__,
+        "intervals": "95 %, Student's t over seeds",
+        "pretrain_minutes": record.interval(pretraining),
+        "rows": rows,
+    }
+    path = record.write("robustness", (__doc__ or "").splitlines()[0], content)
+    draw(rows, path.with_suffix(".svg"))
+    return path
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """One page: clean against robust accuracy, a panel a question, every point with its intervals."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    questions = list(dict.fromkeys(row["question"] for row in rows))
+    figure, axes = plt.subplots(len(questions), 1, figsize=(8, 3.6 * len(questions)), squeeze=False)
+    base = next((row for row in rows if row["name"] == "fine-tuned, 3 epochs"), None)
+    for question, axis in zip(questions, axes[:, 0], strict=True):
+        chosen = [row for row in rows if row["question"] == question or row is base]
+        for row in chosen:
+            clean, robust = (next(v for k, v in row["scores"].items() if word in k) for word in ("clean", "PGD-20"))
+            bars = {"xerr": 100 * (clean["half_width_95"] or 0), "yerr": 100 * (robust["half_width_95"] or 0)}
+            place = (100 * clean["mean"], 100 * robust["mean"])
+            axis.errorbar(*place, **bars, marker="o", capsize=3, color="black" if row is base else "tab:red")
+            axis.annotate(row["name"], place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+        axis.set_title(question, fontsize=10)
+        axis.set_xlabel("clean accuracy, %")
+        axis.set_ylabel("PGD-20 8/255, %")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "write", "cells"])
+    parser.add_argument("--data", type=Path, help="directory with train.parquet and test.parquet")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-robustness"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", default="", help="cells whose question or name contains this")
+    arguments = parser.parse_args()
+    chosen = [c for c in cells() if arguments.only in f"{c['question']}: {c['name']}"]
+    if arguments.what == "cells":
+        print("\n".join(f"{c['question']}: {c['name']}" for c in chosen))
+    elif arguments.what == "write":
+        print(write(arguments.work))
+    else:
+        if arguments.data is None:
+            parser.error("run needs --data")
+        for seed, cell in itertools.product(arguments.seeds, chosen):
+            print(f"{cell['name']}, seed {seed}", flush=True)
+            run(cell, arguments.work.absolute(), arguments.data.absolute(), seed)
+
+
+if __name__ == "__main__":
+    main()
