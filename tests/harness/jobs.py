@@ -1,13 +1,18 @@
 """Whole jobs inside the test's own process, and what they leave behind."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distrobust.adversarial.suite import Suite
+from distrobust.adversarial.threat import Threat
 from distrobust.config import Config
 from distrobust.metrics import jsonl
 from distrobust.train import launch
+from distrobust.train.evaluation import Job
+from distrobust.train.evaluation_ranks import evaluate
 from distrobust.train.modelfile import read_model_file
 from distrobust.train.rundir import Outcome, RunDirectory
 
@@ -41,3 +46,11 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 class Crash(BaseException):
     """As sudden as SIGKILL: no handler of the program sees it coming, and nothing is saved."""
+
+
+def evaluated(path: Path, data: Path, out: Path, steps: int, images: int = 0, seed: int = 0) -> list[dict[str, Any]]:
+    """Clean and PGD of a model file, at Linf 0.05, in batches of 250 as at the end of a run."""
+    suite = Suite(Threat("linf", 0.05), steps=steps, checks=False)
+    record = evaluate(Job(path, data, suite, out, images=images, batch=250, seed=seed, threads=1))
+    assert record is not None
+    return [result["score"] for result in record["results"]]

@@ -15,10 +15,10 @@ from distrobust.adversarial.ensemble import interpolate
 from distrobust.adversarial.threat import Threat
 from distrobust.config import Config
 from distrobust.errors import ConfigError, ModelError
-from distrobust.train import ensembling, evaluation
+from distrobust.train import ensembling
 from distrobust.train.ensembling import Settings, sweep
 from distrobust.train.modelfile import build_model, read_model_file, save_model_file
-from tests.harness.jobs import assert_equal, run_job
+from tests.harness.jobs import assert_equal, evaluated, run_job
 from tests.train.conftest import MakeConfig, write_stripes
 
 THREATS = (Threat("linf", 0.05), Threat("linf", 0.1))
@@ -88,13 +88,13 @@ def test_mixtures_are_measured_on_the_rows_the_run_held_out_and_the_test_file_co
         assert all(s["low"] <= s["accuracy"] <= s["high"] for s in point["scores"])
 
 
-def test_the_ends_score_as_the_files_themselves(settings: Callable[..., Settings], run: Config) -> None:
+def test_the_ends_score_as_the_files_themselves(settings: Callable[..., Settings], run: Config, tmp_path: Path) -> None:
     record = record_of(settings())
     by_share = {point["a"]: point for point in record["test"]}
     for a, name in ((0.0, "pre-trained"), (1.0, "fine-tuned")):
         path = run.run.dir / f"models/{name}.pt"
-        scores = list(evaluation.evaluate_file(path, run.data.path, "linf", 0.05, 2, 0, 3, False, 0))
-        assert [s["correct"] for s in by_share[a]["scores"]] == [score.correct for score in scores]
+        scores = evaluated(path, run.data.path, tmp_path / name, steps=2, seed=3)
+        assert [s["correct"] for s in by_share[a]["scores"]] == [score["correct"] for score in scores]
 
 
 def test_the_best_on_held_out_rows_is_chosen_whatever_the_test_file_says(
@@ -135,7 +135,7 @@ def test_a_mixture_is_written_as_an_ordinary_model_file(
     path = chosen.out / f"ensemble-{share:g}.pt"  # type: ignore[operator]
     before, after = (read_model_file(file)["state"] for file in (chosen.pretrained, chosen.finetuned))
     assert_equal(read_model_file(path)["state"], interpolate(before, after, share))
-    assert list(evaluation.evaluate_file(path, run.data.path, "linf", 0.05, 1, 8, 0, False, 0))
+    assert evaluated(path, run.data.path, chosen.out / "evaluation", steps=1, images=8)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("statistics", ["clean", "adversarial"])

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from distrobust.errors import ConfigError, ModelError
-from distrobust.train import evaluation
 from distrobust.train.modelfile import read_model_file
 from tests.harness.huggingface import write_resnet, write_vit
-from tests.harness.jobs import assert_equal, records_of, run_job, weights_of
+from tests.harness.jobs import assert_equal, evaluated, records_of, run_job, weights_of
 from tests.train.conftest import MakeConfig
 
 SHORT = ("pretrain=null", "train.epochs=1", "noise=null", "evaluate.steps=2")
@@ -33,9 +32,9 @@ def test_a_run_trains_says_what_it_changed_and_its_file_needs_no_directory(
 
     shutil.rmtree(directory)
     path = config.run.dir / "models/fine-tuned.pt"
-    scores = list(evaluation.evaluate_file(path, stripes, "linf", 0.05, 2, 0, 0, False, 0))
+    scores = evaluated(path, stripes, tmp_path / "evaluation", steps=2)
     last = [record for record in records_of(config, "evaluation") if record["model"] == "fine-tuned"]
-    assert [score.accuracy for score in scores] == [record["accuracy"] for record in last]
+    assert [score["accuracy"] for score in scores] == [record["accuracy"] for record in last]
 
     tuned = make_config("model.name=huggingface", f"model.weights={path}", f"run.dir={tmp_path / 'further'}", *SHORT)
     run_job(tuned)  # from the file alone
