@@ -3,7 +3,7 @@
     DistrobustError            exit code 2: one line says what, where, got, wanted, what to try
     ├── ConfigError            an impossible or unknown configuration value, or values that exclude each other
     ├── DataError              a data set that cannot be read as images and labels
-    ├── ModelError             weights that do not fit the model
+    ├── ModelError             weights that do not fit the model, or a model that does not fit the task
     ├── CheckpointError        a run directory or checkpoint that cannot be continued from
     ├── CodecError             a payload that is truncated, corrupted or from another layout
     ├── CommError              another rank is gone, or did something different
@@ -27,7 +27,7 @@ class DataError(DistrobustError):
 
 
 class ModelError(DistrobustError):
-    """Weights and model do not match in names or shapes."""
+    """Weights and model do not match in names or shapes, or the model cannot do what is asked of it."""
 
 
 class CheckpointError(DistrobustError):

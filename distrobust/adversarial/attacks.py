@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from distrobust.adversarial.threat import Threat, ascend, at_least_float32, noise, project
 from distrobust.adversarial.threat import random_start as threat_start
-from distrobust.errors import ConfigError
+from distrobust.errors import ConfigError, ModelError
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits (B, C), y (B,)) -> scalar, summed over the batch
 Name = Literal["none", "fgsm", "n_fgsm", "pgd"]
@@ -60,11 +60,22 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """(gradient of loss(model(x), y) with respect to x, detached logits), in the model's current mode."""
+    """(gradient of loss(model(x), y) with respect to x, detached logits), in the model's current mode.
+
+    Raises ModelError if torch can take no gradient with respect to x.
+    """
     x = x.detach().requires_grad_()
+    gradient: Tensor | None = None
     with torch.enable_grad():
         logits = model(x)
-        (gradient,) = torch.autograd.grad(loss(logits, y), x)
+        value = loss(logits, y)
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, x, allow_unused=True)
+    if gradient is None:
+        raise ModelError(
+            f"{type(model).__name__}: its output has no gradient with respect to its input, so no attack by gradients "
+            "can be made; look for detach(), no_grad() or rounding in its forward"
+        )
     return gradient, logits.detach()
 
 

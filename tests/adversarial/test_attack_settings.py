@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distrobust.adversarial.attacks import (
@@ -16,7 +16,7 @@ from distrobust.adversarial.attacks import (
     pgd,
 )
 from distrobust.adversarial.threat import Threat
-from distrobust.errors import ConfigError
+from distrobust.errors import ConfigError, ModelError
 
 LINF = Threat("linf", 8 / 255)
 
@@ -82,3 +82,20 @@ def test_a_given_start_replaces_the_random_one() -> None:
     pgd(model, x, y, LINF, steps=1, start=start)
     handle.remove()
     assert torch.equal(seen[0], start)
+
+
+class Rounding(nn.Module):
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.cut, self.head = cut, nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x.detach().flatten(1))
+        return logits.detach() if self.cut else logits
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_model_without_a_gradient_to_its_input_is_a_clear_line(cut: bool) -> None:
+    x, y = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+    with pytest.raises(ModelError, match="Rounding: its output has no gradient with respect to its input"):
+        Attack("pgd", steps=2)(Rounding(cut), x, y, LINF)
