@@ -69,6 +69,12 @@ def cells() -> list[Cell]:
     add("loss", "label smoothing 0.1", "train.label_smoothing=0.1")
     add("loss", "free, 4 replays, 1 epoch", "attack.name=free", "attack.replays=4", "train.epochs=1")
     add("rates", "noise-adaptive rates", "noise={}")
+    constant = ("train.schedule.name=constant", "train.epochs=6")
+    add("rates", "constant rate, 6 epochs", *constant)
+    cuts = "train.accuracy_gradient={window: 1, patience: 1, factor: 0.5}"
+    add("rates", "constant rate cut by accuracy gradient, 6 epochs", *constant, cuts)
+    for variance in (1e-2, 1e-6):  # the paper's smallest, and noise as long as the gradient
+        add("rates", f"gradient noise {variance:g}", f"train.gradient_noise={variance}")
     for factor in (100, 1000):
         budget = f"{{density: auto, fewer_bytes: {factor}, step_ahead: true, final_steps: 1, final_density: 0.5}}"
         add("compression", f"{factor} times fewer bytes", f"compress={budget}", autoattack=factor == 100)
@@ -96,10 +102,9 @@ def _common(data: Path, seed: int) -> list[str]:
 
 
 def tuned(cell: Cell) -> str:
-    """What a peak is chosen for: changes of the schedule or the start ask for another, the rest shares one."""
-    if cell["question"] == "schedule":
-        return str(cell["name"])
-    return "scratch" if cell["scratch"] else "one_cycle"
+    """What a peak is chosen for: another schedule or start asks for another, the rest shares one."""
+    names = [change.partition("=")[2] for change in cell["changes"] if change.startswith("train.schedule.name")]
+    return " ".join([*(names or ["one_cycle"]), *(["from scratch"] if cell["scratch"] else [])])
 
 
 def peak(cell: Cell, work: Path, data: Path) -> float:
