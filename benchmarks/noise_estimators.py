@@ -9,7 +9,8 @@ pairs with a step of the optimizer between them. All in the Frobenius norm. Bias
 standard deviation of one step's estimate over the truth, both for the layers of a model: median, and the 10th and 90th
 percentile.
 
-Overhead is measured apart: what a step spends on it, over forward, backward and optimizer, interleaved, medians.
+Overhead is measured apart: what a step spends on it, over forward, backward and optimizer, interleaved, medians; and
+what the step of each optimizer takes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import record
 import torch
+from noise import METHODS
 from tasks import Task, tasks
 from torch import Tensor, nn
 
@@ -138,6 +140,10 @@ def overhead(task: Task, repeats: int = 15) -> dict[str, Any]:
     temporal = TemporalNoise(parameters, frobenius, 0.9)
     spread = SpreadNoise(parameters, frobenius, 0.9, WIDTH)
     dual = TemporalNoise(parameters, lanton.noise.norms, 0.9)
+    optimizers = {
+        name: METHODS[name].make(net, 1e-5)
+        for name in ("SGD", "AdamW", "Muon, AdamW for the rest", "LANTON without noise", "noise-adaptive AdamW")
+    }
     seconds: dict[str, list[float]] = {}
 
     def clock(name: str, started: float) -> float:
@@ -163,11 +169,16 @@ def overhead(task: Task, repeats: int = 15) -> dict[str, Any]:
         now = clock("spread, projected", now)
         exact = {name: spread.compare(name, one, one) for name, one in g.items()}
         spread.commit({name: torch.stack([row] * NUM_WORKERS) for name, row in exact.items()}, False)
-        clock("spread, exact", now)
+        now = clock("spread, exact", now)
+        for name, optimizer in optimizers.items():
+            optimizer.step()
+            now = clock(name, now)
     medians = {name: statistics.median(values[3:]) for name, values in seconds.items()}
+    steps = {name: medians.pop(name) for name in optimizers}
     shares = {name: value / medians["step"] for name, value in medians.items() if name != "step"}
     print("  share of a step: " + ", ".join(f"{name} {share:.2%}" for name, share in shares.items()), flush=True)
-    return {"step_s": medians["step"], "share_of_step": shares}
+    print("  optimizers, ms: " + ", ".join(f"{name} {1e3 * s:.1f}" for name, s in steps.items()), flush=True)
+    return {"step_s": medians["step"], "share_of_step": shares, "optimizer_step_s": steps}
 
 
 def main() -> None:
