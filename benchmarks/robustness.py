@@ -17,12 +17,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import record
+from cifar10 import train
 
 from distrobust.adversarial.suite import Suite
 from distrobust.adversarial.threat import Threat
@@ -30,8 +29,6 @@ from distrobust.metrics import jsonl
 from distrobust.train.evaluation import Job
 from distrobust.train.evaluation_ranks import evaluate
 
-ROOT = Path(__file__).parent.parent
-FILE = ROOT / "launch/cifar10.yaml"
 IMAGES = 1000
 PEAKS = (0.1, 0.3, 0.6)
 Cell = dict[str, Any]
@@ -79,15 +76,6 @@ def cells() -> list[Cell]:
         budget = f"{{density: auto, fewer_bytes: {factor}, step_ahead: true, final_steps: 1, final_density: 0.5}}"
         add("compression", f"{factor} times fewer bytes", f"compress={budget}", autoattack=factor == 100)
     return rows
-
-
-def train(directory: Path, overrides: list[str]) -> None:
-    outcome = directory / "outcome.json"
-    if outcome.exists() and '"done"' in outcome.read_text():
-        return
-    options = [part for override in [*overrides, f"run.dir={directory}"] for part in ("--set", override)]
-    command = [sys.executable, "-m", "distrobust", "train", str(FILE), "--launcher", "torchrun", *options]
-    subprocess.run(command, check=True)
 
 
 def natural(work: Path, data: Path, seed: int) -> Path:
