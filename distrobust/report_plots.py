@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distrobust.errors import ConfigError
 from distrobust.metrics.console import megabytes
@@ -75,12 +75,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Series:
-    """What one curve shows: `value` of each record, None where it was not measured."""
+    """What one curve shows: `value` of each of a phase's `records`, None where it was not measured."""
 
     label: str
     colour: int
     value: Callable[[Record], float | None]
-    per_epoch: bool = False
+    records: Literal["steps", "epochs", "watches"] = "steps"
     faint: bool = False
 
 
@@ -105,8 +105,18 @@ def _plots() -> list[dict[str, Any]]:
             "caption": "On held-out data, once per epoch; the thin line is on the inputs trained on.",
             "series": [
                 Series("training inputs", GREY, _get("accuracy", 100), faint=True),
-                Series("clean", CLEAN, _get("clean_accuracy", 100), per_epoch=True),
-                Series("robust", ROBUST, _get("robust_accuracy", 100), per_epoch=True),
+                Series("clean", CLEAN, _get("clean_accuracy", 100), records="epochs"),
+                Series("robust", ROBUST, _get("robust_accuracy", 100), records="epochs"),
+            ],
+            "unit": " %",
+            "bottom": 0,
+        },
+        {
+            "title": "One step against ten",
+            "caption": "Held-out accuracy at the radius of the moment; curves that part are catastrophic overfitting.",
+            "series": [
+                Series("under FGSM", CLEAN, _get("fgsm_accuracy", 100), records="watches"),
+                Series("under PGD-10", ROBUST, _get("pgd_accuracy", 100), records="watches"),
             ],
             "unit": " %",
             "bottom": 0,
@@ -212,7 +222,7 @@ def _draw(axes: "Axes", phases: Sequence[Phase], series: Series, log: bool) -> l
     colour = _SERIES[series.colour]
     every: list[tuple[int, float]] = []
     for phase in phases:
-        records = phase.epochs if series.per_epoch else phase.steps
+        records: Sequence[Record] = getattr(phase, series.records)
         values = [(phase.offset + int(record["step"]), series.value(record)) for record in records]
         points = [(x, y) for x, y in values if y is not None and math.isfinite(y) and (y > 0 or not log)]
         if not points:
@@ -223,7 +233,7 @@ def _draw(axes: "Axes", phases: Sequence[Phase], series: Series, log: bool) -> l
         if noisy or series.faint:
             axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.5 if series.faint else 0.3)
         if not series.faint:
-            dots = "o" if series.per_epoch or len(xs) == 1 else ""
+            dots = "o" if series.records != "steps" or len(xs) == 1 else ""
             axes.plot(xs, _smooth(ys) if noisy else ys, color=colour, marker=dots, markersize=4)
     return every
 

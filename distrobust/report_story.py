@@ -20,6 +20,7 @@ class Phase:
     num_steps: int
     steps: list[Record] = field(default_factory=list)
     epochs: list[Record] = field(default_factory=list)
+    watches: list[Record] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ def _phases(kept: Sequence[Record]) -> list[Phase]:
     offset = 0
     for name in sorted(names, key=lambda name: list(PHASES).index(name) if name in PHASES else len(PHASES)):
         own = [record for record in kept if record.get("phase") == name]
-        steps = sorted((r for r in own if r.get("event") == "step"), key=lambda r: int(r["step"]))
-        epochs = sorted((r for r in own if r.get("event") == "epoch"), key=lambda r: int(r["step"]))
+        steps, epochs, watches = (
+            sorted((r for r in own if r.get("event") == event), key=lambda r: int(r["step"]))
+            for event in ("step", "epoch", "watch")
+        )
         planned = [int(r.get("num_steps") or 0) for r in own if r.get("event") == "phase"]
         num_steps = max([*planned, *(int(r["step"]) for r in (*steps[-1:], *epochs[-1:]))], default=0)
-        phases.append(Phase(name, PHASES.get(name, name), offset, num_steps, steps, epochs))
+        phases.append(Phase(name, PHASES.get(name, name), offset, num_steps, steps, epochs, watches))
         offset += num_steps
     return phases
 

@@ -37,7 +37,11 @@ def phase(name: str) -> list[dict[str, Any]]:
          "robust_accuracy": 0.3, "attack": "PGD-10 Linf 8/255", "samples": 500}
         for number in (50, 100)
     ]  # fmt: skip
-    return [start, *steps, *epochs]
+    watches = [
+        {"event": "watch", "phase": name, "step": number, "fgsm_accuracy": 0.4, "pgd_accuracy": 0.35, "gap": 0.05}
+        for number in (50, 75, 100)
+    ]
+    return [start, *steps, *epochs, *watches]
 
 
 RUN = {"event": "run", "time": 1.79e9, "world_size": 2, "num_parameters": 413_466, "resumed_step": 0,
@@ -111,10 +115,11 @@ def test_the_headline_has_results_budget_seed_samples_and_bytes(whole: str) -> N
 
 def test_every_plot_is_there_and_described_in_words(whole: str) -> None:
     alts = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', whole)
-    titles = ["Accuracy", "Loss", "Bytes sent", "Density", "Learning rate", "Attack radius", "Step time",
+    titles = ["Accuracy", "One step against ten", "Loss", "Bytes sent", "Density", "Learning rate", "Attack radius", "Step time",
               "Residual", RATIO, NOISE]  # fmt: skip
     assert [alt.split(":")[0] for alt in alts] == titles
-    assert alts[1] == "Loss: loss from 1.95 to 1.5"
+    assert alts[1] == "One step against ten: under FGSM from 40 to 40 %, under PGD-10 from 35 to 35 %"
+    assert alts[2] == "Loss: loss from 1.95 to 1.5"
     assert alts[-1] == f"{NOISE}: stem from 0.1 to 0.1, head from 0.3 to 0.3"
 
 
