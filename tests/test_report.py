@@ -99,7 +99,7 @@ def test_the_page_is_well_formed_and_ids_are_unique(whole: str) -> None:
     parser = Balance()
     parser.feed(whole)
     assert parser.open == []
-    assert parser.tags.count("figure") == 10
+    assert parser.tags.count("figure") == 11
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', whole))
     ids = re.findall(r'\bid="([^"]+)"', whole)
     assert used
@@ -115,8 +115,8 @@ def test_the_headline_has_results_budget_seed_samples_and_bytes(whole: str) -> N
 
 def test_every_plot_is_there_and_described_in_words(whole: str) -> None:
     alts = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', whole)
-    titles = ["Accuracy", "One step against ten", "Loss", "Bytes sent", "Density", "Learning rate", "Attack radius", "Step time",
-              "Residual", RATIO, NOISE]  # fmt: skip
+    titles = ["Accuracy", "One step against ten", "Loss", "Bytes sent", "Density", "Learning rate", "Attack radius",
+              "Step time", "Residual", RATIO, NOISE]  # fmt: skip
     assert [alt.split(":")[0] for alt in alts] == titles
     assert alts[1] == "One step against ten: under FGSM from 40 to 40 %, under PGD-10 from 35 to 35 %"
     assert alts[2] == "Loss: loss from 1.95 to 1.5"
