@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distrobust.adversarial.attacks import Attack, cross_entropy_sum, evaluation_mode, input_gradient
+from distrobust.adversarial.conv_relu import ConvReLU, is_available
 from distrobust.adversarial.folded import Folded
 from distrobust.adversarial.threat import Threat
 from distrobust.models import MODELS, build
@@ -76,6 +77,15 @@ def test_values_and_input_gradients_are_the_models_also_after_its_weights_change
         torch.testing.assert_close(others, logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
         train(model)
+
+
+@pytest.mark.skipif(not is_available(), reason="this build of torch has no oneDNN")
+def test_on_a_cpu_a_relu_right_after_a_convolution_is_part_of_it() -> None:
+    model, (x, _) = reference("resnet9")(), images()
+    train(model)
+    kinds = [type(m) for m in Folded(model, x).current().modules()]
+    assert kinds.count(ConvReLU) == 5  # those before a maximum are not
+    assert kinds.count(nn.ReLU) == 3
 
 
 def test_a_convolution_used_twice_is_not_folded() -> None:
