@@ -129,7 +129,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         gradients = [p.grad for p in state.net.parameters() if p.grad is not None]
         add_noise_(gradients, step, recipe.phase.gradient_noise, shared)
     skipped = state.compression.skipped
-    if skipped:
+    if skipped and kept:
         torch._foreach_copy_(list(state.net.buffers()), kept)
     (state.adaptive or state.optimizer).step()
     if state.average is not None and not skipped:
