@@ -24,6 +24,7 @@ from distrobust.adversarial.attacks import evaluation_mode
 _log = logging.getLogger(__name__)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NOTHING_TO_FOLD = "no batch norm follows a convolution"
 _TOLERANCE = 1e-3  # of the largest logit: rounding, not another function
 
 
@@ -56,6 +57,8 @@ class Folded:
     def _build(self) -> str:
         """Makes the twin, or says why not."""
         model = self.model
+        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+            return _NOTHING_TO_FOLD  # without a trace, which patches torch for all threads meanwhile
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
             return "it has forward hooks"
         try:
@@ -81,7 +84,7 @@ class Folded:
             node.replace_all_uses_with(before)
             graph.erase_node(node)
         if not self._pairs:
-            return "no batch norm follows a convolution"
+            return _NOTHING_TO_FOLD
         twin.delete_all_unused_submodules()
         twin.recompile()
         self._twin = twin

@@ -17,11 +17,11 @@ from distrobust.config import AttackConfig, CompressConfig, Config, NoiseConfig,
 from distrobust.errors import ConfigError, ModelError
 from distrobust.models import build_transformer
 from distrobust.optim.schedules import Schedule
-from distrobust.train import evaluation, scoring
+from distrobust.train import evaluation, loop, scoring
 from distrobust.train.checkpoint import Position
 from distrobust.train.modelfile import build_model, load_model_file, read_model_file
-from distrobust.train.state import make_state
-from distrobust.train.step import Recipe, train_step
+from distrobust.train.state import TrainState, make_state
+from distrobust.train.step import Recipe, StepResult, train_step
 from tests.harness.jobs import Crash, assert_equal, records_of, run_job, weights_of
 from tests.harness.ranks import Rank, run_ranks
 from tests.harness.texts import LENGTH, write_texts
@@ -126,6 +126,25 @@ def test_an_interrupted_run_of_texts_ends_bit_identical(
     assert [record["resumed_step"] for record in records_of(config, "run")] == [0, 4]
     assert_equal(weights_of(config), weights_of(whole))
     assert all(tensor.isfinite().all() for tensor in weights_of(config).values())
+
+
+def test_a_non_finite_step_is_skipped_by_a_model_without_buffers(
+    make_text_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(state: TrainState, tokens: Tensor, *rest: Any) -> StepResult:
+        if state.position.step != 4:
+            return train_step(state, tokens, *rest)
+        before = {name: tensor.clone() for name, tensor in state.net.state_dict().items()}
+        handle = state.net.head.register_forward_hook(lambda _module, _inputs, out: out * float("nan"))
+        result = train_step(state, tokens, *rest)
+        handle.remove()
+        assert_equal(dict(state.net.state_dict()), before)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    config = make_text_config(*SHORT)
+    assert run_job(config).status == "done"
+    assert records_of(config, "step")[-1]["nonfinite_steps"] == 1
 
 
 def test_streaming_texts_and_texts_in_memory_give_the_same_run(make_text_config: MakeConfig) -> None:
