@@ -51,6 +51,16 @@ def test_points_have_no_box() -> None:
     assert torch.equal(project(start, points.x, OpenThreat("linf", 5.0)), points.x + (start - points.x))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_lies_at_padding_takes_no_part_of_the_budget(norm: Any) -> None:
+    """As of the text that was before at this place of the batch, in free training."""
+    points = Points.of(net_of(), TOKENS)
+    delta = torch.where(PADDED[:, :, None], 9.0, 0.01).expand_as(points.x)
+    moved = project(points.x + delta, points.x, points.ball(OpenThreat(norm, 0.5))) - points.x
+    assert not moved[PADDED].any()
+    torch.testing.assert_close(moved[~PADDED], delta[~PADDED], rtol=0, atol=1e-6)  # float32 of numbers about 1
+
+
 def test_the_start_is_uniform_in_the_ball_of_what_may_move() -> None:
     """The radius of a uniform point of a ball of d dimensions is eps U^(1/d); 1 - 1/d halves it far less than 1/2."""
     x = torch.zeros(4000, 6, 2)
