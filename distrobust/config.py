@@ -71,11 +71,16 @@ class ClusterConfig(Section):
 
 class DataConfig(Section):
     path: Path
-    """Directory with train.parquet and test.parquet in the Hugging Face image layout (sharded names work too)."""
+    """Directory with train.parquet and test.parquet in the Hugging Face layout (sharded names work too): images, or
+    texts where there are none."""
     image_column: str | None = None
     """null: `image`, `img`, or the only column of encoded images."""
+    text_column: str | None = None
+    """null: `text` or `sentence`, where there is no image column."""
+    length: Count = 256
+    """Of texts, in bytes of UTF-8: longer ones are cut."""
     label_column: str | None = None
-    """null: `label`, or its usual relatives."""
+    """null: `label`, or its usual relatives. Integers, or strings that name the classes."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
     """Share of the training rows never trained on, for accuracy during the run. The test file is for the end only."""
     cache: Literal["auto", "memory", "stream"] = "auto"
@@ -88,9 +93,27 @@ class DataConfig(Section):
     """Augmentation: horizontal flip of every other image."""
 
 
+class TransformerConfig(Section):
+    width: Count = 64
+    """Entries of a byte's embedding, and of the network's state for it; a multiple of `heads`."""
+    layers: Count = 2
+    """Each of attention and a network of twice the width."""
+    heads: Count = 4
+    """Of attention."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> TransformerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
+
+
 class ModelConfig(Section):
     name: str = "resnet9"
-    """A reference network (cnn, resnet9), `huggingface` (the image classifier in `directory`), or `timm:NAME`."""
+    """A reference network (cnn, resnet9; transformer, which reads texts), `huggingface` (the image classifier in
+    `directory`), or `timm:NAME`."""
+    transformer: TransformerConfig = TransformerConfig()
+    """Its sizes."""
     directory: Path | None = None
     """With config.json and model.safetensors, as save_pretrained writes them: where huggingface's and timm's weights
     come from. Nothing is downloaded."""
@@ -113,6 +136,11 @@ class ModelConfig(Section):
             which = "directory" if self.directory is not None else "image_size"
             raise ValueError(f"{which} goes with name huggingface or timm:NAME, got name {self.name}")
         return self
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its inputs are texts; attacks then move their embedding."""
+        return self.name == "transformer"
 
     @property
     def is_from_library(self) -> bool:
@@ -189,9 +217,9 @@ class AttackConfig(Section):
     name: Literal["fgsm", "n_fgsm", "pgd", "free"] = "n_fgsm"
     """How training examples are made during the `train` phase; free: by the steps' own backward passes."""
     norm: Literal["linf", "l2", "l1"] = "linf"
-    """Of the ball around an image."""
+    """Of the ball around an image, or around the embedding of a text: then linf, or l2 of all of it together."""
     eps: Budget = 8 / 255
-    """Budget, inputs in [0, 1]; may be written 8/255."""
+    """Budget, inputs in [0, 1]; may be written 8/255. Of text: the entries of its embedding have variance 1."""
     steps: Count = 10
     """pgd only."""
     first_steps: Count | None = None
@@ -335,10 +363,24 @@ class Config(Section):
     def _one_start(self) -> Config:
         if self.pretrain is not None and self.model.weights is not None:
             raise ValueError("pretrain and model.weights exclude each other; set one of them to null")
+        if self.model.reads_text:
+            self._check_text()
         eps = self.evaluate.eps
         if self.attack is not None and self.attack.norm == "linf" and eps is not None and eps > 1:
             raise ValueError(f"evaluate.eps {eps:g} is above 1 for inputs in [0, 1]; did you mean {eps:g}/255?")
         return self
+
+    def _check_text(self) -> None:
+        of_images = {
+            "data.image_column": self.data.image_column is not None,
+            "data.crop": self.data.crop > 0,
+            "data.flip": self.data.flip,
+            "model.channels_last": self.model.channels_last,
+            "attack.norm l1": self.attack is not None and self.attack.norm == "l1",
+        }
+        given = [name for name, is_given in of_images.items() if is_given]
+        if given:
+            raise ValueError(f"model.name {self.model.name} reads texts, and {given[0]} is for images; leave it out")
 
     def identity(self) -> dict[str, Any]:
         """What a run directory is bound to: everything that changes what a run does, but not how many workers do it."""

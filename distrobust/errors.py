@@ -2,7 +2,7 @@
 
     DistrobustError            exit code 2: one line says what, where, got, wanted, what to try
     ├── ConfigError            an impossible or unknown configuration value, or values that exclude each other
-    ├── DataError              a data set that cannot be read as images and labels
+    ├── DataError              a data set that cannot be read as images or texts, and labels
     ├── ModelError             weights that do not fit the model, or a model that does not fit the task
     ├── CheckpointError        a run directory or checkpoint that cannot be continued from
     ├── CodecError             a payload that is truncated, corrupted or from another layout

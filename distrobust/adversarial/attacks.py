@@ -118,12 +118,12 @@ def n_fgsm(
     """
     if threat.eps == 0:
         return x.detach()
-    eta = noise(x, threat.norm, k * threat.eps, generator)
-    x_start = (x + eta).clamp(0.0, 1.0)
+    eta = noise(x, threat.norm, k * threat.eps, generator, threat.where)
+    x_start = threat.clip(x + eta)
     alpha = threat.eps if step_size is None else step_size
     with evaluation_mode(model):
         gradient, _ = input_gradient(model, x_start, y, loss)
-    return ascend(x_start, gradient, alpha, threat).clamp(0.0, 1.0).detach()
+    return threat.clip(ascend(x_start, gradient, alpha, threat)).detach()
 
 
 @torch.no_grad()

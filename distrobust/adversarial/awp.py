@@ -31,8 +31,9 @@ def perturbed_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float
     kept = [buffer.clone() for buffer in buffers]
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
-    with torch.no_grad():
-        torch._foreach_copy_(buffers, kept)
+    if buffers:
+        with torch.no_grad():
+            torch._foreach_copy_(buffers, kept)
     pairs = [(w, g) for w, g in zip(weights, gradients, strict=True) if g is not None]
     before = [w.detach().clone() for w, _ in pairs]
     try:

@@ -1,4 +1,4 @@
-"""Clean and robust accuracy of a model over batches of images: our attacks, and foolbox's to check them by.
+"""Clean and robust accuracy of a model over batches of images, or texts: our attacks, and foolbox's to check them by.
 
 An image counts as robust only if the model is right on it **and** on the adversarial image made from it.
 Evaluation is in float32 (autocast is switched off), in evaluation mode, on contiguous NCHW images in [0,
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from distrobust.adversarial.accuracy import Counts
 from distrobust.adversarial.attacks import Attack, cross_entropy_sum, evaluation_mode, input_gradient
 from distrobust.adversarial.libraries import foolbox_examples, require
+from distrobust.adversarial.points import Embeds, Points
 from distrobust.adversarial.threat import Norm, Threat
 from distrobust.errors import ConfigError, DataError
 
-# images (B, C, H, W), float in [0, 1] or uint8 in 0..255; labels (B,) of any integer type
+# images (B, C, H, W), float in [0, 1] or uint8 in 0..255, or tokens (B, L) of a text; labels (B,) of any integer type
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -55,15 +56,17 @@ def count_correct(
     if attack is not None and attack.name == "n_fgsm":
         raise ConfigError("evaluation: n_fgsm leaves the ball of radius eps, so it measures no robustness; use pgd")
     tally = _Tally(model)
-    for x, y, generator in prepared(model, batches, seed, indices):
-        with _float32_evaluation(model, x.device):
+    for inputs, y, generator in prepared(model, batches, seed, indices):
+        with _float32_evaluation(model, inputs.device):
+            points = Points.of(model, inputs)
+            x, seen = points.x, points.seen_by(model)
             if attack is None or threat is None or attack.name == "none":
-                right = _predict(model, x) == y
+                right = _predict(seen, x) == y
             else:
                 # The clean pass also yields the input gradient: one backward, shared by both gradient flags.
-                gradient, logits = input_gradient(model, x, y, cross_entropy_sum)
-                x_adv = attack(model, x, y, threat, generator)
-                right = (logits.argmax(1) == y) & (_predict(model, x_adv) == y)
+                gradient, logits = input_gradient(seen, x, y, cross_entropy_sum)
+                x_adv = attack(seen, x, y, points.ball(threat), generator)
+                right = (logits.argmax(1) == y) & (_predict(seen, x_adv) == y)
                 tally.gradients(gradient)
         tally.images(right, y)
     return tally.counts()
@@ -143,8 +146,8 @@ class _Tally:
 def prepared(
     model: nn.Module, batches: Batches, seed: int, indices: Iterable[int] | None
 ) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
-    """Float32 contiguous images in [0, 1], int64 labels, and the batch's own generator, on the model's
-    device. DataError for float images outside [0, 1]."""
+    """Float32 contiguous images in [0, 1], or tokens as they are, int64 labels, and the batch's own generator, on
+    the model's device. DataError for float images outside [0, 1]."""
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     numbers = iter(itertools.count() if indices is None else indices)
@@ -152,6 +155,10 @@ def prepared(
         index = next(numbers, None)
         if index is None:
             raise ValueError("count_correct: fewer indices than batches")
+        generator = torch.Generator(device).manual_seed(batch_seed(seed, index))
+        if isinstance(model, Embeds):
+            yield x.to(device), y.to(device, torch.int64), generator
+            continue
         scale = 255.0 if x.dtype == torch.uint8 else 1.0
         if x.numel() and not (x.min() >= 0 and x.max() <= scale):
             raise DataError(
@@ -159,7 +166,6 @@ def prepared(
                 "not normalised (normalisation belongs inside the model), or uint8"
             )
         x = x.to(device).to(torch.float32).div(scale).contiguous()
-        generator = torch.Generator(device).manual_seed(batch_seed(seed, index))
         yield x, y.to(device, torch.int64), generator
 
 

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RELUS = ("relu", "relu_", torch.relu, torch.relu_, nn.functional.relu)
+_NOTHING_TO_FOLD = "no batch norm follows a convolution"
 _TOLERANCE = 1e-3  # of the largest logit: rounding, not another function
 
 
@@ -58,6 +59,8 @@ class Folded:
     def _build(self, on_cpu: bool) -> str:
         """Makes the twin, or says why not."""
         model = self.model
+        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+            return _NOTHING_TO_FOLD  # without a trace, which patches torch for all threads meanwhile
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
             return "it has forward hooks"
         try:
@@ -83,7 +86,7 @@ class Folded:
             parent, _, name = str(before.target).rpartition(".")
             setattr(twin.get_submodule(parent), name, _with_relu(folded, before, modules) if on_cpu else folded)
         if not self._pairs:
-            return "no batch norm follows a convolution"
+            return _NOTHING_TO_FOLD
         twin.delete_all_unused_submodules()
         twin.recompile()
         self._twin = twin

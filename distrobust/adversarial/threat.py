@@ -13,14 +13,16 @@ With delta = x' - x, per image, Linf | L2 (Madry et al. 2018, section 2.1) | L1 
 Clipping to [0, 1] after the projection never leaves the ball, because x is in [0, 1] itself; for L2 the result is then
 near, not nearest. Everything is per image, so no result depends on the other images of the batch, except that random
 numbers are drawn in batch order.
+
+Points that are no images, such as a text's embedding, have no [0, 1] to stay in: OpenThreat is the ball alone.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -40,6 +42,7 @@ class Threat:
 
     norm: Norm
     eps: float
+    has_box: ClassVar[bool] = True  #: points are in [0, 1] and stay there
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
@@ -48,11 +51,20 @@ class Threat:
             raise ConfigError(f"threat.norm: {self.norm!r}; {hint}valid: {', '.join(get_args(Norm))}")
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ConfigError(f"threat.eps: {self.eps}; must be a finite number of at least 0")
-        if self.norm == "linf" and self.eps > 1:
+        if self.has_box and self.norm == "linf" and self.eps > 1:
             raise ConfigError(
                 f"threat.eps: {self.eps} for linf, but images are in [0, 1]; if you mean {self.eps:g} of 255 "
                 f"grey levels, write {self.eps:g}/255 = {self.eps / 255:.5f}"
             )
+
+    @property
+    def where(self) -> Tensor | None:
+        """1 where an example may be moved, 0 where not, to be multiplied with its points; None: everywhere."""
+        return None
+
+    def clip(self, x: Tensor) -> Tensor:
+        """x in the box, if there is one."""
+        return x.clamp(0.0, 1.0) if self.has_box else x
 
     def describe(self) -> str:
         """'Linf 8/255', 'L2 0.5': in grey levels where that is a whole number and the decimal is not short."""
@@ -62,9 +74,31 @@ class Threat:
         return f"{self.norm.capitalize()} " + (f"{round(levels)}/255" if whole else f"{self.eps:.4g}")
 
 
+@dataclass(frozen=True)
+class OpenThreat(Threat):
+    """A ball of points without bounds, (B, L, D) of a text, say: L2 over all their L D entries together.
+
+    where: (B, L, 1) float, say; see Threat.where. Linf or L2; with L1, ConfigError.
+    """
+
+    where: Tensor | None = field(default=None, repr=False, compare=False)
+    has_box: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm == "l1":
+            raise ConfigError("threat.norm: 'l1' is for images in [0, 1]; valid here: linf, l2")
+
+    def describe(self) -> str:
+        """'L2 0.5 of the embedding'."""
+        return f"{self.norm.capitalize()} {self.eps:.4g} of the embedding"
+
+
 def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     """A point of the ball around x and of [0, 1], near x_adv: see the module. x_adv, x: (B, ...) float, x in [0, 1]."""
     delta = x_adv - x
+    if threat.where is not None:
+        delta = delta * threat.where
     if threat.norm == "linf":
         delta = delta.clamp(-threat.eps, threat.eps)
     elif threat.norm == "l1":
@@ -72,7 +106,7 @@ def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     else:
         norm = torch.linalg.vector_norm(at_least_float32(delta), dim=_image_dims(x), keepdim=True)
         delta = delta * (threat.eps / norm.clamp_min(_TINY)).clamp_max(1.0).to(delta.dtype)
-    return (x + delta).clamp(0.0, 1.0)
+    return threat.clip(x + delta)
 
 
 def ascend(x: Tensor, gradient: Tensor, step_size: float, threat: Threat) -> Tensor:
@@ -95,19 +129,23 @@ def ascend(x: Tensor, gradient: Tensor, step_size: float, threat: Threat) -> Ten
 def random_start(x: Tensor, threat: Threat, generator: torch.Generator | None) -> Tensor:
     """A uniform point of the ball around each image, clipped to [0, 1]. x: (B, ...) float; generator: on
     x's device."""
-    return (x + noise(x, threat.norm, threat.eps, generator)).clamp(0.0, 1.0)
+    return threat.clip(x + noise(x, threat.norm, threat.eps, generator, threat.where))
 
 
-def noise(x: Tensor, norm: Norm, radius: float, generator: torch.Generator | None) -> Tensor:
+def noise(
+    x: Tensor, norm: Norm, radius: float, generator: torch.Generator | None, where: Tensor | None = None
+) -> Tensor:
     """Uniform in the ball of any radius around 0; x's shape, dtype, device and memory format.
 
     Drawn as float32 in logical order, so that it does not depend on the memory format or dtype of x.
     L2: a normal direction times radius * U^(1/d), d entries per image. L1: random signs times radius * E / (sum of E),
-    E d + 1 exponential numbers.
+    E d + 1 exponential numbers. where: see Threat.where; not for L1.
     """
     drawn = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if norm == "linf":
         drawn.uniform_(-radius, radius, generator=generator)
+        if where is not None:
+            drawn *= where
     elif norm == "l1":
         drawn.exponential_(generator=generator)
         rest = torch.empty(_per_image(x), device=x.device).exponential_(generator=generator)
@@ -116,7 +154,11 @@ def noise(x: Tensor, norm: Norm, radius: float, generator: torch.Generator | Non
     else:
         dims = _image_dims(x)
         drawn.normal_(generator=generator)
-        u = torch.rand(_per_image(x), generator=generator, device=x.device).pow(1.0 / max(1, x[:1].numel()))
+        num: float | Tensor = max(1, x[:1].numel())  # entries that may move
+        if where is not None:
+            drawn *= where
+            num = where.expand_as(x).sum(dim=dims, keepdim=True).clamp_min(1.0)
+        u = torch.rand(_per_image(x), generator=generator, device=x.device).pow(1.0 / num)
         drawn *= radius * u / torch.linalg.vector_norm(drawn, dim=dims, keepdim=True).clamp_min(_TINY)
     return torch.empty_like(x).copy_(drawn)
 

@@ -1,8 +1,8 @@
-"""Images and labels from Parquet, shared out over ranks, augmented by the batch.
+"""Images or texts, and labels, from Parquet, shared out over ranks, augmented by the batch.
 
-describe      a directory and a split -> Source: files, classes, image shape, checked labels
+describe      a directory and a split -> Source: files, classes, shape, checked labels
 split_held_out  Source -> the rows to train on and the rows to validate on
-Shard         Source, rank, world size -> batches of uint8 images and int64 labels
+Shard         Source, rank, world size -> batches of uint8 images, or bytes of text, and int64 labels
 crop_and_flip   augmentation of a whole batch
 write_digits, write_parquet   make data sets in the same layout
 """

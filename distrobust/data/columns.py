@@ -1,8 +1,8 @@
-"""Which column is the image, which the label, and what the classes are called.
+"""Which column is the image or the text, which the label, and what the classes are called.
 
 The Hugging Face layout: an image is struct<bytes: binary, path: string>, a label an integer, and the
 schema metadata key `huggingface` holds JSON whose `info.features.<label>` is
-`{"_type": "ClassLabel", "names": [...]}`.
+`{"_type": "ClassLabel", "names": [...]}`. A text is a string; a label may be a string too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,30 @@ import pyarrow as pa
 from distrobust.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img")
+TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels", "fine_label")  # CIFAR-100 has fine_label and coarse_label
+
+
+def choose_column(schema: pa.Schema, file: Path, image: str | None, text: str | None) -> tuple[str, bool]:
+    """(name, whether it is text). `image` or `text` name it; else images go before `text` or `sentence`.
+
+    Raises DataError when both are named, and as the two below do.
+    """
+    if image is not None and text is not None:
+        raise DataError(f"image_column is {image!r} and text_column {text!r}; wanted one of them: leave the other out")
+    has_images = any(name in schema.names for name in IMAGE_COLUMNS) or any(_holds_images(f.type) for f in schema)
+    found = next((name for name in TEXT_COLUMNS if name in schema.names), None)
+    if text is None and image is None and not has_images:
+        text = found
+    if text is None:
+        return choose_image_column(schema, file, image), False
+    _require_column(schema, file, text, "text")
+    if not holds_strings(schema.field(text).type):
+        raise DataError(
+            f"{file}, column {text!r}: got {schema.field(text).type}, wanted texts as string; "
+            "choose another column with text_column"
+        )
+    return text, True
 
 
 def choose_image_column(schema: pa.Schema, file: Path, wanted: str | None = None) -> str:
@@ -34,7 +57,8 @@ def choose_image_column(schema: pa.Schema, file: Path, wanted: str | None = None
         if not candidates:
             raise DataError(
                 f"{file} has no image column: its columns are {_columns(schema)}; wanted `image` or `img` "
-                "of type struct<bytes: binary, path: string>; name another one with image_column"
+                "of type struct<bytes: binary, path: string>; name another one with image_column, or one of text with "
+                "text_column"
             )
         if not named and len(candidates) > 1:
             raise DataError(
@@ -53,7 +77,7 @@ def choose_label_column(schema: pa.Schema, file: Path, wanted: str | None = None
     """`wanted`, else `label`, `labels` or `fine_label`, else the only column the metadata calls a ClassLabel.
 
     A lone integer column is not taken for the label: it may as well be an identifier.
-    Raises DataError when there is none or it is not of an integer type.
+    Raises DataError when there is none or it is neither of an integer type nor of strings.
     """
     if wanted is not None:
         _require_column(schema, file, wanted, "label")
@@ -73,10 +97,11 @@ def choose_label_column(schema: pa.Schema, file: Path, wanted: str | None = None
                 "wanted `label` of type int64; name another one with label_column"
             )
         name = candidates[0]
-    if not pa.types.is_integer(schema.field(name).type):
+    kind = schema.field(name).type
+    if not pa.types.is_integer(kind) and not holds_strings(kind):
         raise DataError(
-            f"{file}, column {name!r}: labels are {schema.field(name).type}, wanted integers "
-            "0 .. number of classes - 1; convert them, or choose another column with label_column"
+            f"{file}, column {name!r}: labels are {kind}, wanted integers "
+            "0 .. number of classes - 1, or strings; convert them, or choose another column with label_column"
         )
     return name
 
@@ -111,6 +136,12 @@ def _require_column(schema: pa.Schema, file: Path, name: str, role: str) -> None
         raise DataError(
             f"{file} has no column {name!r}, which {role}_column asks for: its columns are {_columns(schema)}"
         )
+
+
+def holds_strings(kind: pa.DataType) -> bool:
+    """Plain or as a dictionary."""
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(values) or pa.types.is_large_string(values))
 
 
 def _holds_images(kind: pa.DataType) -> bool:

@@ -1,4 +1,4 @@
-"""Encoded images out of a Parquet file: one row group at a time, or only the very first image."""
+"""Encoded images, or texts, out of a Parquet file: one row group at a time, or only the very first image."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from distrobust.errors import DataError
 
 
 def read_encoded(source: Source, group: RowGroup) -> pa.ChunkedArray:
-    """The encoded images of a row group: (group.num_rows,) binary, nulls kept.
+    """The encoded images, or UTF-8 texts, of a row group: (group.num_rows,) binary, nulls kept.
 
     Raises DataError when the file cannot be read, or no longer has the rows it had when it was described.
     """
     file = source.files[group.file]
     try:
         with pq.ParquetFile(file) as parquet:
-            table = parquet.read_row_group(group.index, columns=[f"{source.image_column}.bytes"])
-        # flatten(), unlike field(), promises a null for the bytes of a null struct
-        images = pa.chunked_array([chunk.flatten()[0] for chunk in table.column(0).chunks])
+            table = parquet.read_row_group(group.index, columns=[source.parquet_column])
+        if source.is_text:
+            images = table.column(0).cast(pa.large_string()).cast(pa.large_binary())
+        else:  # flatten(), unlike field(), promises a null for the bytes of a null struct
+            images = pa.chunked_array([chunk.flatten()[0] for chunk in table.column(0).chunks])
     except (OSError, pa.ArrowException, IndexError) as error:
         raise unreadable(f"{file}, row group {group.index}", error) from error
     if len(images) != group.num_rows:

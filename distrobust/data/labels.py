@@ -5,7 +5,8 @@ On a GPU a label outside the classes kills the process by a device-side assertio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,49 @@ class LabelColumn:
 
 def read_labels(files: Sequence[Path], name: str) -> LabelColumn:
     """Reads an integer column. DataError for a null, for a value beyond int64, for an unreadable file."""
+    return _labels(files, name, lambda column: column.cast(pa.int64()).to_numpy())
+
+
+def read_named_labels(
+    files: Sequence[Path], name: str, classes: Sequence[str] | None
+) -> tuple[LabelColumn, tuple[str, ...]]:
+    """Reads a column of strings: (their numbers among the classes, the classes).
+
+    classes: their names; default: the strings there are, sorted. DataError for a null, a string that is none of
+    `classes`, more different strings than classes are likely to be, an unreadable file.
+    """
+    numbers: dict[str, int] = {}  # of every different string, as they come
+
+    def numbered(column: pa.ChunkedArray) -> NDArray[np.int64]:
+        coded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
+        for word in coded.dictionary.to_pylist():
+            numbers.setdefault(word, len(numbers))
+        of_file: NDArray[np.int64] = np.array([numbers[word] for word in coded.dictionary.to_pylist()], dtype=np.int64)
+        return np.asarray(of_file[coded.indices.to_numpy()])
+
+    labels = _labels(files, name, numbered)
+    words = list(numbers)
+    names = tuple(sorted(words) if classes is None else classes)
+    if len(names) > MAX_UNNAMED_CLASSES:
+        raise DataError(
+            f"{files[0]}, column {name!r}: {len(words)} different strings do not look like classes; "
+            "choose another label_column"
+        )
+    place = {word: number for number, word in enumerate(names)}
+    for word in words:
+        if word not in place:
+            row = int(np.argmax(labels.values == numbers[word]))
+            raise DataError(
+                f"{labels.where(row)}: label {word!r} is none of the {len(names)} classes ({', '.join(names[:3])}, "
+                "...); wanted the classes of the training split: correct or remove the row"
+            )
+    order = np.array([place[word] for word in words], dtype=np.int64)
+    return dataclasses.replace(labels, values=order[labels.values]), names
+
+
+def _labels(
+    files: Sequence[Path], name: str, to_numbers: Callable[[pa.ChunkedArray], NDArray[np.int64]]
+) -> LabelColumn:
     parts: list[NDArray[np.int64]] = []
     for file in files:
         try:
@@ -44,8 +88,10 @@ def read_labels(files: Sequence[Path], name: str) -> LabelColumn:
                 column = parquet.read(columns=[name]).column(0)
             if column.null_count:
                 row = int(np.argmax(column.is_null().to_numpy()))
-                raise DataError(f"{file}, column {name!r}, row {row}: label is null, wanted an integer; remove the row")
-            parts.append(column.cast(pa.int64()).to_numpy())
+                raise DataError(
+                    f"{file}, column {name!r}, row {row}: label is null, wanted an integer or a string; remove the row"
+                )
+            parts.append(to_numbers(column))
         except (OSError, pa.ArrowException) as error:
             raise unreadable(f"{file}, column {name!r}", error) from error
     starts = np.cumsum([0, *(len(part) for part in parts)])

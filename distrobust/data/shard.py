@@ -66,7 +66,7 @@ class Shard:
         self.rows: Indices = assign_rows(selected, group_starts, rank, world_size, seed)
         self._pieces = cut_into_pieces(self.rows, group_starts)
         self._labels = torch.from_numpy(source.labels[self.rows])
-        fits = len(self.rows) * source.image_bytes <= memory_limit_bytes
+        fits = len(self.rows) * source.row_bytes <= memory_limit_bytes
         self.in_memory = cache == "memory" or (cache == "auto" and fits)
         self._images = self._decode_all() if self.in_memory else None
 
@@ -91,9 +91,9 @@ class Shard:
     def batches(self, epoch: int, global_batch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches from `start_step` on: num_steps(global_batch) - start_step of them.
 
-        Yields (images, labels): uint8 (B, C, H, W) and int64 (B,), B = global_batch / world_size, both the
-        caller's to change. No row comes twice in an epoch; which rows are left over for want of a full
-        batch differs from epoch to epoch. Raises as num_steps does, at once; DataError while iterating,
+        Yields (images, labels): uint8 (B, C, H, W), or (B, length) for text, and int64 (B,), B = global_batch /
+        world_size, both the caller's to change. No row comes twice in an epoch; which rows are left over for want
+        of a full batch differs from epoch to epoch. Raises as num_steps does, at once; DataError while iterating,
         when streaming meets a damaged image.
         """
         num_steps = self.num_steps(global_batch)
@@ -137,7 +137,7 @@ class Shard:
             yield images, self._labels[index]
 
     def _decode_all(self) -> Tensor:
-        """(rows of the rank, C, H, W) uint8. Besides it a few row groups and LOAD_ROWS images are held."""
+        """(rows of the rank, ...) uint8. Besides it a few row groups and LOAD_ROWS images are held."""
         images = torch.empty((len(self.rows), *self.source.shape), dtype=torch.uint8)
         stream = RowStream(self.source, self.rows, self._pieces, np.arange(len(self._pieces.group)))
         for start in range(0, len(self.rows), LOAD_ROWS):

@@ -14,6 +14,7 @@ from distrobust.data.decoding import decode
 from distrobust.data.encoded import read_encoded
 from distrobust.data.order import Indices, Pieces
 from distrobust.data.source import Source
+from distrobust.data.tokens import to_tokens
 
 
 class RowStream:
@@ -25,13 +26,19 @@ class RowStream:
         self._held: dict[int, list[bytes | None]] = {}
 
     def fetch(self, positions: Indices) -> NDArray[np.uint8]:
-        """(len(positions), C, H, W) uint8. DataError if a file cannot be read or an image does not decode."""
+        """(len(positions), *source.shape) uint8. DataError if a file cannot be read or a row does not decode."""
         piece_of = np.searchsorted(self._pieces.start, positions, side="right") - 1
         self._hold([int(piece) for piece in np.unique(piece_of)])
         offsets = positions - self._pieces.start[piece_of]
         encoded = [self._held[p][i] for p, i in zip(piece_of.tolist(), offsets.tolist(), strict=True)]
-        where = self._source.where
-        return decode(encoded, self._source.shape, lambda i: where(int(self._rows[positions[i]])))
+
+        def where(i: int) -> str:
+            return self._source.where(int(self._rows[positions[i]]))
+
+        if self._source.is_text:
+            return to_tokens(encoded, self._source.shape[0], where)
+        channels, height, width = self._source.shape
+        return decode(encoded, (channels, height, width), where)
 
     def _hold(self, needed: list[int]) -> None:
         oldest = min(self._window_of_piece[piece] for piece in needed)

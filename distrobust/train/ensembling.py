@@ -30,7 +30,7 @@ from distrobust.adversarial.evaluate import count_correct
 from distrobust.adversarial.threat import Threat
 from distrobust.data import Shard, Source
 from distrobust.errors import ConfigError, ModelError
-from distrobust.train.modelfile import build_model, read_model_file, save_model_file
+from distrobust.train.modelfile import build_model, read_model_file, refuse_text, save_model_file
 from distrobust.train.rundir import write_atomically
 from distrobust.train.scoring import spaced_rows
 
@@ -83,6 +83,7 @@ def sweep(settings: Settings) -> Iterator[str]:
     """
     _check(settings)
     before, after = read_model_file(settings.pretrained), read_model_file(settings.finetuned)
+    refuse_text(after, settings.finetuned)
     _check_alike(settings, before, after)
     mixer = _Mixer.of(settings, before, after)
     yield mixer.describe_split()

@@ -27,7 +27,7 @@ from distrobust.adversarial.evaluation import standing, summary
 from distrobust.adversarial.suite import Suite
 from distrobust.adversarial.trial import Trial, Verdict, attempt
 from distrobust.errors import ConfigError, ModelError
-from distrobust.train.modelfile import build_model, load_model_file, read_model_file
+from distrobust.train.modelfile import build_model, load_model_file, read_model_file, refuse_text
 from distrobust.train.scoring import spaced_rows
 from distrobust.train.verdicts import VerdictDirectory
 
@@ -62,6 +62,7 @@ class Opened:
         """Raises ModelError for a file that is missing, damaged or does not fit the data, DataError, ConfigError."""
         self.job = job
         content = read_model_file(job.checkpoint)
+        refuse_text(content, job.checkpoint)
         self.data = data.describe(job.data, "test", channels=content["shape"][0], classes=content["classes"])
         self.net = _load(job.checkpoint, content, self.data)
         self.source = None if job.source is None else _load(job.source, read_model_file(job.source), self.data)

@@ -24,7 +24,7 @@ from distrobust import __version__, data
 from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.threat import Threat
 from distrobust.comm.transport import Transport
-from distrobust.config import Config, PhaseConfig
+from distrobust.config import Config, DataConfig, PhaseConfig
 from distrobust.data import Shard, Source
 from distrobust.errors import CommError, ConfigError, DataError, DistrobustError
 from distrobust.metrics import Fanout, Sink, jsonl
@@ -43,7 +43,7 @@ from distrobust.train.modelfile import (
 )
 from distrobust.train.rundir import Outcome, RunDirectory
 from distrobust.train.state import TrainState, make_state
-from distrobust.train.step import Recipe, replays
+from distrobust.train.step import Recipe, ball, replays
 from distrobust.train.stopping import stop_requests
 
 _log = logging.getLogger(__name__)
@@ -161,14 +161,15 @@ class _Job:
 
     def _describe(self) -> tuple[Source, Source]:
         settings = self.config.data
-        image, label = settings.image_column, settings.label_column
-        source = data.describe(settings.path, "train", image_column=image, label_column=label)
+        source = describe_training(settings)
         return source, data.describe(
             settings.path,
             "test",
-            image_column=image,
-            label_column=label,
-            channels=source.shape[0],
+            image_column=settings.image_column,
+            text_column=settings.text_column,
+            label_column=settings.label_column,
+            channels=None if source.is_text else source.shape[0],
+            length=settings.length,
             classes=source.class_names,
         )
 
@@ -222,6 +223,7 @@ class _Job:
             flip=config.data.flip,
             seed=config.run.seed,
             channels_last=config.model.channels_last,
+            of_text=config.model.reads_text,
         )
         return loop.Phase(
             config,
@@ -287,7 +289,8 @@ class _Job:
         attacks: list[tuple[Attack, Threat | None, int]] = [(scoring.NATURAL, None, 0)]
         if attack is not None:
             eps = attack.eps if settings.eps is None else settings.eps
-            attacks.append((Attack("pgd", steps=settings.steps), Threat(attack.norm, eps), settings.images))
+            threat = ball(attack.norm, eps, self.config.model.reads_text)
+            attacks.append((Attack("pgd", steps=settings.steps), threat, settings.images))
         models = {"pre-trained": self._model_before(), "fine-tuned": self._model_path("fine-tuned")}
         if self.config.train.patience is not None:
             models["fine-tuned" + BEST] = self._model_path("fine-tuned" + BEST)
@@ -297,12 +300,12 @@ class _Job:
             net = build_model(architecture, source, self.config.run.seed).to(self.device)
             self._on_all_ranks(partial(load_model_file, net, path))
             net.eval()
-            for chosen, threat, limit in attacks:
+            for chosen, within, limit in attacks:
                 result = scoring.distributed_score(
                     net,
                     shard,
                     chosen,
-                    threat,
+                    within,
                     limit=limit,
                     batch_size=settings.batch_size,
                     seed=self.config.run.seed,
@@ -348,6 +351,18 @@ class _Job:
         if first is not None:
             raise first
         return result
+
+
+def describe_training(settings: DataConfig) -> Source:
+    """The training split."""
+    return data.describe(
+        settings.path,
+        "train",
+        image_column=settings.image_column,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+        length=settings.length,
+    )
 
 
 def _earlier_starts(directory: RunDirectory) -> int:

@@ -23,7 +23,7 @@ from distrobust.optim.rates import mean_by_layer, norm_by_layer
 from distrobust.train import checkpoint, scoring
 from distrobust.train.rundir import RunDirectory
 from distrobust.train.state import Best, TrainState
-from distrobust.train.step import Recipe, StepResult, replays, train_step
+from distrobust.train.step import Recipe, StepResult, ball, replays, train_step
 
 _log = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ def _score_epoch(state: TrainState, phase: Phase) -> None:
         "samples": clean.samples,
     }
     if config.attack is not None:
-        threat = Threat(config.attack.norm, config.attack.eps)
+        threat = ball(config.attack.norm, config.attack.eps, config.model.reads_text)
         robust = _held_out_score(state, phase, net, EPOCH_ATTACK, threat, config.evaluate.held_out_images)
         record.update(robust_accuracy=robust.accuracy, attack=robust.attack, samples=robust.samples)
     phase.emit(record)

@@ -15,7 +15,8 @@ from distrobust.config import ModelConfig
 from distrobust.data import Source
 from distrobust.errors import ModelError
 
-Architecture = str | Mapping[str, Any]  # the name of a reference network, or a description of another library's
+# the name of a reference network, the sizes of the transformer, or a description of another library's model
+Architecture = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,19 @@ def starting_model(model: ModelConfig, source: Source, seed: int) -> Start:
 
     Raises ModelError. Without a directory the description of another library's model is that of the weights file.
     """
-    start = Start(build_model(model.name, source, seed), model.name) if not model.is_from_library else None
+    if source.is_text != model.reads_text:
+        given = f"texts (column {source.column!r})" if source.is_text else f"images (column {source.column!r})"
+        wanted = f"model.name={models.TRANSFORMER}" if source.is_text else "model.name=resnet9"
+        raise ModelError(
+            f"model {model.name} reads {'texts' if model.reads_text else 'images'}, and the data set holds {given}; "
+            f"set {wanted}, or choose another column"
+        )
+    start = None
+    if model.reads_text:
+        sizes = {"library": models.TRANSFORMER, **model.transformer.model_dump()}
+        start = Start(build_model(sizes, source, seed), sizes)
+    elif not model.is_from_library:
+        start = Start(build_model(model.name, source, seed), model.name)
     if start is None and model.weights is not None and model.directory is None:
         architecture = read_model_file(model.weights)["model"]
         if isinstance(architecture, str):
@@ -40,7 +53,12 @@ def starting_model(model: ModelConfig, source: Source, seed: int) -> Start:
         start = Start(build_model(architecture, source, seed), architecture)
     if start is None:
         made = models.from_directory(
-            model.name, model.directory, source.num_classes, source.shape, image_size=model.image_size, seed=seed
+            model.name,
+            model.directory,
+            source.num_classes,
+            image_shape(source),
+            image_size=model.image_size,
+            seed=seed,
         )
         start = Start(made.model, made.architecture, tuple(f"{model.name}: {text}" for text in made.notices))
     if model.weights is not None:
@@ -49,11 +67,34 @@ def starting_model(model: ModelConfig, source: Source, seed: int) -> Start:
 
 
 def build_model(architecture: Architecture, source: Source, seed: int) -> nn.Module:
-    """A model for the images and classes of `source`, its weights a function of `seed`; ours normalise around 1/2."""
+    """A model for the rows and classes of `source`, its weights a function of `seed`; ours normalise around 1/2."""
+    if reads_text(architecture):
+        assert isinstance(architecture, Mapping)
+        width, layers, heads = (int(architecture[key]) for key in ("width", "layers", "heads"))
+        return models.build_transformer(source.num_classes, source.shape[0], width, layers, heads, seed=seed)
+    shape = image_shape(source)
     if not isinstance(architecture, str):
-        return models.rebuild(architecture, source.shape, seed=seed)
-    channels = source.shape[0]
-    return models.build(architecture, source.num_classes, source.shape, [0.5] * channels, [0.25] * channels, seed=seed)
+        return models.rebuild(architecture, shape, seed=seed)
+    channels = shape[0]
+    return models.build(architecture, source.num_classes, shape, [0.5] * channels, [0.25] * channels, seed=seed)
+
+
+def reads_text(architecture: Architecture) -> bool:
+    return not isinstance(architecture, str) and architecture.get("library") == models.TRANSFORMER
+
+
+def refuse_text(content: dict[str, Any], path: Path) -> None:
+    """Raises ModelError for a model of texts, from a command that attacks images. content: of the file `path`."""
+    if reads_text(content["model"]):
+        raise ModelError(
+            f"{path} reads texts, and this command's attacks are for images; its run has evaluated it, clean and "
+            "under PGD on the embedding: `distrobust report` its run directory"
+        )
+
+
+def image_shape(source: Source) -> tuple[int, int, int]:
+    channels, height, width = source.shape
+    return channels, height, width
 
 
 def save_model_file(path: Path, net: nn.Module, architecture: Architecture, source: Source) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from distrobust.adversarial import free, losses
 from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.awp import perturbed_weights
-from distrobust.adversarial.threat import Threat
+from distrobust.adversarial.points import Points
+from distrobust.adversarial.threat import Norm, OpenThreat, Threat
 from distrobust.config import AttackConfig, PhaseConfig
 from distrobust.data import crop_and_flip
 from distrobust.optim.injection import add_noise_
@@ -39,6 +40,7 @@ class Recipe:
     flip: bool
     seed: int
     channels_last: bool
+    of_text: bool = False
 
     @property
     def loss(self) -> losses.TrainingLoss:
@@ -51,11 +53,11 @@ class Recipe:
         return losses.MART(smoothing, **beta) if self.attack.loss == "mart" else losses.PGDAT(smoothing)
 
     def eps(self, step: int) -> float:
-        """Budget of a step in image units; 0 without an attack."""
+        """Budget of a step in image units, or the embedding's; 0 without an attack."""
         return 0.0 if self.attack is None else self.attack.eps * ramp(step / self.num_steps, self.attack.ramp)
 
     def threat(self, step: int) -> Threat:
-        return Threat("linf" if self.attack is None else self.attack.norm, self.eps(step))
+        return ball("linf" if self.attack is None else self.attack.norm, self.eps(step), self.of_text)
 
     def attack_at(self, step: int, collapsed: bool) -> Attack:
         """Of the step's examples; none where they come from the step itself. collapsed: overfitting has been seen."""
@@ -69,6 +71,11 @@ class Recipe:
         first = settings.steps if settings.first_steps is None else settings.first_steps
         steps = round(first + (settings.steps - first) * step / self.num_steps)
         return Attack(settings.name, steps, settings.step_size)
+
+
+def ball(norm: Norm, eps: float, of_text: bool) -> Threat:
+    """Around an image, or around the embedding of a text."""
+    return OpenThreat(norm, eps) if of_text else Threat(norm, eps)
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class StepResult:
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe, rank: int) -> StepResult:
-    """images (B, C, H, W) uint8 and labels (B,) int64 on the model's device. Advances `state` by one step.
+    """One step of `state`. images (B, C, H, W), or tokens (B, L) of texts, uint8; labels (B,) int64; on its device.
 
     A step with a non-finite gradient on any rank changes nothing but the counters: no parameter, residual, rate or
     batch-norm statistic. Raises CommError or CodecError if the exchange failed.
@@ -94,7 +101,9 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
     step, ordinal = state.position.step, state.position.ordinal
     generator = generator_at(images.device, recipe.seed, ordinal, step // replays(recipe.attack), rank)
     torch.manual_seed(seed_of(recipe.seed, ordinal, step, rank, 1))  # for layers that draw, such as dropout
-    x = crop_and_flip(images, generator, pad=recipe.crop, flip=recipe.flip).float().div_(255)
+    x = images
+    if not recipe.of_text:
+        x = crop_and_flip(images, generator, pad=recipe.crop, flip=recipe.flip).float().div_(255)
     if recipe.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     kept = [buffer.clone() for buffer in state.net.buffers()]
@@ -120,7 +129,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         gradients = [p.grad for p in state.net.parameters() if p.grad is not None]
         add_noise_(gradients, step, recipe.phase.gradient_noise, shared)
     skipped = state.compression.skipped
-    if skipped:
+    if skipped and kept:
         torch._foreach_copy_(list(state.net.buffers()), kept)
     (state.adaptive or state.optimizer).step()
     if state.average is not None and not skipped:
@@ -164,7 +173,7 @@ def _backward(state: TrainState, recipe: Recipe, x: Tensor, y: Tensor, generator
 def _micro_batch(
     state: TrainState,
     recipe: Recipe,
-    x: Tensor,
+    inputs: Tensor,
     y: Tensor,
     delta: Tensor | None,
     weight: float,
@@ -172,10 +181,11 @@ def _micro_batch(
 ) -> tuple[_Taken, Tensor | None]:
     """weight: of its mean in the whole. delta, also returned: the perturbation of free training."""
     started, step, loss = time.perf_counter(), state.position.step, recipe.loss
-    threat, attack = recipe.threat(step), recipe.attack_at(step, state.collapsed)
+    points = Points.of(state.net, inputs)
+    x, threat, attack = points.x, points.ball(recipe.threat(step)), recipe.attack_at(step, state.collapsed)
     autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, recipe.phase.precision == "bf16")
     is_free = recipe.attack is not None and recipe.attack.name == "free" and attack.name == "none"
-    attacked = state.attacked(x) if attack.num_gradients else state.net
+    attacked = points.seen_by(state.attacked(inputs) if attack.num_gradients else state.net)
     with autocast():
         x_adv = free.start(x, delta, threat) if is_free else loss.examples(attacked, x, y, attack, threat, generator)
 
@@ -184,10 +194,11 @@ def _micro_batch(
             return loss.objective(forward, x, x_adv, y)
 
     awp = None if recipe.attack is None else recipe.attack.awp
-    worst = perturbed_weights(state.net, lambda: objective(state.net).loss, awp) if awp else contextlib.nullcontext()
+    net, ddp = points.seen_by(state.net), points.seen_by(state.ddp)
+    worst = perturbed_weights(state.net, lambda: objective(net).loss, awp) if awp else contextlib.nullcontext()
     with worst:
         attack_s = time.perf_counter() - started
-        output = objective(state.ddp)
+        output = objective(ddp)
         (output.loss * weight).backward()
     correct = (output.logits.argmax(1) == y).sum()
     taken = _Taken(output.loss.detach() * weight, correct, attack_s)

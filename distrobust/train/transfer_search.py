@@ -30,12 +30,12 @@ import yaml
 from torch import nn
 
 from distrobust import config as configuration
-from distrobust import data
 from distrobust.adversarial.accuracy import wilson
 from distrobust.config import Config
 from distrobust.errors import ConfigError, DivergedError
 from distrobust.metrics import Fanout, jsonl
 from distrobust.train import launch, transfer
+from distrobust.train.job import describe_training
 from distrobust.train.modelfile import starting_model
 from distrobust.train.rundir import RunDirectory, write_atomically
 
@@ -72,7 +72,7 @@ def search(
     """
     _check(config, population, choices)
     config = _for_candidates(config)
-    source = data.describe(config.data.path, "train", image_column=config.data.image_column)
+    source = describe_training(config.data)
     net = starting_model(config.model, source, config.run.seed).net
     groups = layer_groups(net)
     directory = RunDirectory(config.run.dir)

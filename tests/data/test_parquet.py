@@ -12,10 +12,10 @@ from distrobust.data import describe, write_parquet
 
 def test_describe_finds_columns_classes_shape_and_labels(tmp_path, write_numbered):
     source = describe(write_numbered(tmp_path, 10, 4), "train")
-    assert (source.image_column, source.label_column) == ("image", "label")
+    assert (source.column, source.label_column) == ("image", "label")
     assert source.class_names == tuple(f"class {i}" for i in range(5))
     assert source.shape == (3, 2, 3)
-    assert (source.total_rows, source.num_classes, source.image_bytes) == (10, 5, 18)
+    assert (source.total_rows, source.num_classes, source.row_bytes) == (10, 5, 18)
     assert [(group.first_row, group.num_rows) for group in source.row_groups] == [(0, 4), (4, 4), (8, 2)]
     assert source.labels.dtype == np.int64
     assert source.labels.tolist() == [row % 5 for row in range(10)]
@@ -56,12 +56,12 @@ def test_empty_files_and_row_groups_among_others_are_skipped(tmp_path, write_num
 
 @pytest.mark.parametrize("name", ["image", "img", "photo"])
 def test_the_image_column_is_found_under_its_usual_names_or_by_its_type(write_table, name):
-    assert describe(write_table(image_column=name), "train").image_column == name
+    assert describe(write_table(image_column=name), "train").column == name
 
 
 def test_a_named_image_column_goes_before_others_of_its_type(write_table):
     other = pa.array([{"bytes": b"mask"}] * 3)
-    assert describe(write_table(extra={"mask": other}), "train").image_column == "image"
+    assert describe(write_table(extra={"mask": other}), "train").column == "image"
 
 
 @pytest.mark.parametrize("name", ["label", "labels", "fine_label"])

@@ -160,7 +160,7 @@ def test_changing_a_batch_in_place_does_not_change_the_cache(source):
 
 @pytest.mark.parametrize(("world_size", "limit", "in_memory"), [(1, 5400, True), (1, 5399, False), (2, 2700, True)])
 def test_auto_keeps_in_memory_what_fits_decoded(source, world_size, limit, in_memory):
-    assert source.image_bytes * 300 == 5400
+    assert source.row_bytes * 300 == 5400
     assert Shard(source, 0, world_size, seed=0, memory_limit_bytes=limit).in_memory is in_memory
 
 
