@@ -52,16 +52,22 @@ OURS, SPARSE = "distrobust", "distrobust, 1 %"
 Turn = Callable[[int], None]  # takes so many training steps
 
 
-class Fast(nn.Module):
-    """bf16 autocast and channels-last inside, float32 and contiguous outside."""
+class Given(nn.Module):
+    """What the floor and the peers are given: float32 and contiguous outside; bf16 and channels-last inside if `fast`.
 
-    def __init__(self, net: nn.Module) -> None:
+    A module of its own also because ART takes a bare nn.Sequential for a list of layers.
+    """
+
+    def __init__(self, net: nn.Module, fast: bool) -> None:
         super().__init__()
-        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.fast = fast
+        self.net = net.to(memory_format=torch.channels_last) if fast else net  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.net(x.contiguous(memory_format=torch.channels_last))
+        if self.fast:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
+            logits = self.net(x)
         return logits.float()
 
 
@@ -108,7 +114,7 @@ def distrobust(method: str, model: str, fast: bool, rank: int, density: float | 
 
 
 def floor(method: str, model: str, fast: bool, rank: int, ranks: int) -> Turn:
-    inner = Fast(build(model)) if fast else build(model)
+    inner = Given(build(model), fast)
     net, optimizer = wrapped(inner, ranks), sgd(inner)
     images, y = batch(rank)
     x = images.float().div_(255)
@@ -129,7 +135,7 @@ def floor(method: str, model: str, fast: bool, rank: int, ranks: int) -> Turn:
 def torchattacks(method: str, model: str, fast: bool, rank: int, ranks: int) -> Turn:
     import torchattacks
 
-    inner = Fast(build(model)) if fast else build(model)
+    inner = Given(build(model), fast)
     net, optimizer = wrapped(inner, ranks), sgd(inner)
     images, y = batch(rank)
     x = images.float().div_(255)
@@ -154,7 +160,7 @@ def art(method: str, model: str, fast: bool, rank: int, ranks: int) -> Turn:
     from art.defences.trainer import AdversarialTrainerFBFPyTorch, AdversarialTrainerMadryPGD
     from art.estimators.classification import PyTorchClassifier
 
-    net = Fast(build(model)) if fast else build(model)
+    net = Given(build(model), fast)
     classifier = PyTorchClassifier(
         net, loss=nn.CrossEntropyLoss(), input_shape=(3, 32, 32), nb_classes=10, optimizer=sgd(net), clip_values=(0, 1)
     )
