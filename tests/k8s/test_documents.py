@@ -1,4 +1,4 @@
-"""Names and references between documents agree with each other and with the program, for every launch file and overlay."""
+"""Names and references between documents agree, with each other and with the program, whatever is rendered."""
 
 import re
 from pathlib import Path
@@ -211,8 +211,9 @@ def test_plain_prometheus_scrapes_the_same_job_from_where_runs_leave_their_addre
 def test_the_queue_of_the_overlay_is_the_one_of_the_example() -> None:
     documents = list(yaml.safe_load_all((K8S / "examples/queues.yaml").read_text()))
     queue = the(documents, "LocalQueue")
-    assert the(run_documents(EXAMPLE, "kueue"), "RayJob")["metadata"]["labels"][run.QUEUE_LABEL] == (
-        queue["metadata"]["name"]
+    assert (
+        the(run_documents(EXAMPLE, "kueue"), "RayJob")["metadata"]["labels"][run.QUEUE_LABEL]
+        == (queue["metadata"]["name"])
     )
     cluster_queue = the(documents, "ClusterQueue")
     assert queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]

@@ -13,12 +13,10 @@ from tests.k8s.rendered import CASES, EXAMPLE, K8S, NAMES, all_documents, run_do
 SCHEMAS = os.environ.get("DISTROBUST_KUBERAY_SCHEMAS")
 OURS = ("ray.io/", "monitoring.coreos.com/", "kueue.x-k8s.io/")  # custom resources: not part of Kubernetes' own schemas
 EXAMPLES = [
-    document
-    for path in sorted((K8S / "examples").glob("*.yaml"))
-    for document in yaml.safe_load_all(path.read_text())
+    document for path in sorted((K8S / "examples").glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())
 ]
 needs_schemas = pytest.mark.skipif(
-    SCHEMAS is None, reason="set DISTROBUST_KUBERAY_SCHEMAS to a directory with rayjob-v1.json, made from KubeRay's CRDs"
+    SCHEMAS is None, reason="set DISTROBUST_KUBERAY_SCHEMAS to a directory with rayjob-v1.json, from KubeRay's CRDs"
 )
 
 
