@@ -1,6 +1,8 @@
 """Names and references between documents agree, with each other and with the program, whatever is rendered."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +208,18 @@ def test_plain_prometheus_scrapes_the_same_job_from_where_runs_leave_their_addre
     [pattern] = job["file_sd_configs"][0]["files"]
     loaded = config.parse(job_file(run_documents(EXAMPLE, None)), "job.yaml")
     assert (loaded.run.dir / "prometheus/rank-0.json").match(pattern.removeprefix("/"))
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+def test_plain_prometheus_takes_its_configuration() -> None:
+    ran = subprocess.run(
+        ["promtool", "check", "config", "prometheus.yaml"],
+        cwd=K8S / "monitoring",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_the_queue_of_the_overlay_is_the_one_of_the_example() -> None:
