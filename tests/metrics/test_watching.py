@@ -45,7 +45,7 @@ def test_settings_in_runbooks_exist() -> None:
     from distrobust.config import Config, PhaseConfig
 
     for alert in ALERTS:
-        for section, key in re.findall(r"\b(cluster|compress|metrics|run|schedule)\.([a-z_]+)", alert.runbook):
+        for section, key in re.findall(r"\b(cluster|compress|evaluate|metrics|run|schedule)\.([a-z_]+)", alert.runbook):
             fields = {**Config.model_fields, **PhaseConfig.model_fields}[section].annotation
             models = [fields, *getattr(fields, "__args__", ())]
             assert any(key in getattr(model, "model_fields", {}) for model in models), f"{section}.{key}"
