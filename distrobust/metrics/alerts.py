@@ -35,8 +35,8 @@ ALERTS = (
         "critical",
         "Run {{ $labels.run }} has not finished a step for five minutes.",
         "A worker that died stops the others until cluster.timeout_s: look for restarting pods, then at the workers' "
-        "logs. Records come every metrics.every steps: lower it if those take longer than five minutes. Scoring held-out "
-        "images after an epoch counts too: evaluate.held_out_images limits it.",
+        "logs. Records come every metrics.every steps: lower it if those take longer than five minutes. Scoring "
+        "held-out images after an epoch counts too: evaluate.held_out_images limits it.",
     ),
     Alert(
         "DistrobustNonFiniteSteps",
