@@ -282,6 +282,39 @@ def config(file: Path, overrides: tuple[str, ...]) -> None:
 
 
 @commands.group()
+def k8s() -> None:
+    """Kubernetes manifests for the KubeRay operator; k8s/README.md says how to use them."""
+
+
+@k8s.command()
+@_FILE
+@_SET
+@click.option("--overlay", metavar="NAME", help="Overrides before those of --set: cpu, gpu or kueue.")
+@click.option(
+    "--part",
+    type=click.Choice(["run", "namespace", "monitoring"]),
+    default="run",
+    show_default=True,
+    help="A run, or what a namespace needs once: claim and files pod; what Prometheus is told.",
+)
+def render(file: Path, overrides: tuple[str, ...], overlay: str | None, part: str) -> None:
+    """Print the manifest that runs FILE: RayJob, its configuration, network policy, disruption budget."""
+    from distrobust.k8s import tree
+
+    click.echo(tree.render(file, overrides, overlay, part), nl=False)
+
+
+@k8s.command()
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("k8s"))
+def write(directory: Path) -> None:
+    """Bring the generated files below DIRECTORY (k8s, in the repository) up to date."""
+    from distrobust.k8s import tree
+
+    for path in tree.write(directory, directory.parent / "launch/digits.yaml"):
+        click.echo(str(path))
+
+
+@commands.group()
 def data() -> None:
     """Make data sets."""
 

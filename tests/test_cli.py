@@ -41,6 +41,10 @@ def _run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["evaluate", "nowhere.pt"], "Missing option '--data'"),
         (["search", "launch/digits.yaml"], "search: wanted a pre-trained model"),
         (["search", "launch/digits.yaml", "--choices", "0,x"], "--choices: got '0,x', wanted numbers"),
+        (["k8s", "render", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["k8s", "render", "launch/digits.yaml", "--overlay", "tpu"], "got 'tpu', wanted one of cpu, gpu, kueue"),
+        (["k8s", "render", "launch/digits.yaml", "--set", "kubernetes.memry=1Gi"], "did you mean 'memory'"),
+        (["k8s", "write", "elsewhere/k8s"], "launch/digits.yaml"),
         (["fly"], "No such command 'fly'"),
     ],
 )

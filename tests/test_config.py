@@ -103,7 +103,14 @@ def test_a_file_cannot_execute_anything(tmp_path: Path) -> None:
 def test_a_run_is_bound_to_what_changes_its_parameters_and_nothing_else() -> None:
     first = config.parse(MINIMAL, "a")
     moved = config.parse(
-        {**MINIMAL, "run": {"dir": "x"}, "metrics": {"port": 1}, "cluster": {"launcher": "local", "workers": 3}}, "b"
+        {
+            **MINIMAL,
+            "run": {"dir": "x"},
+            "metrics": {"port": 1},
+            "cluster": {"launcher": "local", "workers": 3},
+            "kubernetes": {"memory": "9Gi"},
+        },
+        "b",
     )
     assert first.identity() == moved.identity()
     for change in (

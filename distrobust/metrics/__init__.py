@@ -6,6 +6,8 @@ the sinks. Importing this package imports neither prometheus_client nor rich.
     table.py        the one table of Prometheus metrics and of the record fields that feed them
     prometheus.py   records -> an HTTP endpoint per worker
     jsonl.py        records <-> RUN/metrics.jsonl, the file everything else is made from
+    alerts.py       what deserves to wake somebody, and what to do then
+    dashboard.py    the Grafana dashboard
     console.py      records -> a progress bar, or plain lines; the before / after table
 """
 

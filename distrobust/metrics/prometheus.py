@@ -30,6 +30,7 @@ Feed = Callable[[Any], None]
 
 _LABEL_FIELDS = ("phase", "attack", "model")  # record fields that are labels; `group` is a key, see table.py
 _STEP_COUNTERS = tuple(metric for metric in TABLE if metric.kind == "counter" and metric.event == "step")
+_PHASE_COUNTERS = tuple(metric for metric in TABLE if metric.kind == "counter" and "phase" in metric.labels)
 
 
 class Exporter:
@@ -129,7 +130,7 @@ class Exporter:
 
     def _show_zeros(self, record: Mapping[str, Any]) -> None:
         """Exposes a phase's counters before they grow: increase() misses a series' first value."""
-        for metric in _STEP_COUNTERS:
+        for metric in _PHASE_COUNTERS:
             self._counter(metric, record)
 
     def _skip_earlier_work(self, record: Mapping[str, Any]) -> None:

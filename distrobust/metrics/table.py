@@ -53,6 +53,10 @@ TABLE: tuple[Metric, ...] = (
            "Earlier starts of this run that this start continues."),
     Metric("distrobust_planned_steps", "gauge", "steps", "phase", "num_steps", PHASE,
            "Optimizer steps this phase will take."),
+    Metric("distrobust_training", "gauge", "", "activity", "training", WHO,
+           "1 while steps are being taken, 0 before and after, as during the final evaluation."),
+    Metric("distrobust_training_change_timestamp_seconds", "gauge", "seconds", "activity", "time", WHO,
+           "Unix time at which steps last began or ended."),
     # Progress.
     Metric("distrobust_finished_steps", "gauge", "steps", "step", "step", PHASE,
            "Optimizer steps finished in this phase, those before a restart included."),
@@ -64,6 +68,8 @@ TABLE: tuple[Metric, ...] = (
            "Steps skipped on all ranks because a gradient was not finite."),
     Metric("distrobust_last_step_timestamp_seconds", "gauge", "seconds", "step", "time", PHASE,
            "Unix time of the newest step record; its age shows a stall."),
+    Metric("distrobust_diverged_replicas", "gauge", "replicas", "diverged", "replicas", PHASE,
+           "Ranks whose parameters differed from rank 0; the run ends there."),
     # Time.
     Metric("distrobust_step_seconds", "histogram", "seconds", "step", "step_s", PHASE,
            "Wall time of a whole training step, sampled.", SECONDS),
@@ -106,6 +112,8 @@ TABLE: tuple[Metric, ...] = (
            "Size of the newest checkpoint."),
     Metric("distrobust_last_checkpoint_timestamp_seconds", "gauge", "seconds", "checkpoint", "time", PHASE,
            "Unix time of the newest checkpoint."),
+    Metric("distrobust_checkpoint_failures_total", "counter", "failures", "checkpoint_failed", "failures", PHASE,
+           "Checkpoints that could not be written; training went on."),
     # The final evaluation.
     Metric("distrobust_evaluation_accuracy_ratio", "gauge", "ratio", "evaluation", "accuracy", EVALUATED,
            "Accuracy of a finished model under an attack."),

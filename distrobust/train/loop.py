@@ -84,6 +84,13 @@ def run_phase(state: TrainState, phase: Phase) -> End:
     Every rank makes the same decisions at the same steps. Raises DivergedError when ranks' parameters differ, or after
     too many skipped steps in a row.
     """
+    phase.emit({"event": "activity", "phase": state.position.phase, "training": 1})
+    end = _run_steps(state, phase)
+    phase.emit({"event": "activity", "phase": state.position.phase, "training": 0})
+    return end
+
+
+def _run_steps(state: TrainState, phase: Phase) -> End:
     per_epoch, total = phase.steps_per_epoch, phase.recipe.num_steps
     window = _Window(hook_s=state.compression.seconds)
     device = next(state.net.parameters()).device
@@ -125,7 +132,16 @@ def save(state: TrainState, phase: Phase) -> bool:
         phase.config.checkpoint.keep,
     )
     if problem:
+        state.failed_checkpoints += 1
         phase.emit({"event": "notice", "text": problem})
+        phase.emit(
+            {
+                "event": "checkpoint_failed",
+                "phase": state.position.phase,
+                "step": state.position.step,
+                "failures": state.failed_checkpoints,
+            }
+        )
         _log.error(problem)
         return False
     phase.emit(
@@ -170,6 +186,7 @@ def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
     rows = transport.gather_rows(row.to(next(state.net.parameters()).device)).cpu()
     differing = [rank for rank in range(len(rows)) if rows[rank, 4] != rows[0, 4]]
     if differing:
+        phase.emit({"event": "diverged", "phase": state.position.phase, "replicas": len(differing)})
         raise DivergedError(
             f"{state.position.phase}, step {state.position.step}: parameters of ranks {differing} differ from rank 0; "
             "start again to continue from the last checkpoint"

@@ -33,10 +33,13 @@ def step(number: int = 10, **changes: Any) -> dict[str, Any]:
 RECORDS: list[dict[str, Any]] = [
     {"event": "run", "world_size": 2, "num_parameters": 413_000, "versions": {"torch": "2.13.0"}, "resumed_step": 0},
     {"event": "phase", "phase": "train", "num_steps": 300, "steps_per_epoch": 100, "num_epochs": 3},
+    {"event": "activity", "time": 1e9, "phase": "train", "training": 1},
     step(),
     {"event": "epoch", "phase": "train", "step": 100, "clean_accuracy": 0.7, "robust_accuracy": 0.3, "attack": "PGD"},
     {"event": "watch", "phase": "train", "step": 100, "fgsm_accuracy": 0.4, "pgd_accuracy": 0.3, "gap": 0.1},
     {"event": "checkpoint", "time": 1e9, "phase": "train", "step": 100, "seconds": 0.2, "bytes": 3_000_000},
+    {"event": "checkpoint_failed", "phase": "train", "step": 200, "failures": 1},
+    {"event": "diverged", "phase": "train", "replicas": 1},
     {"event": "evaluation", "model": "fine-tuned", "attack": "PGD", "accuracy": 0.3, "low": 0.2, "high": 0.4,
      "samples": 500},
     {"event": "notice", "text": "not a metric"},
@@ -94,7 +97,9 @@ def test_a_scrape_shows_the_values_of_the_records_with_their_labels(exporter: Ex
 
 def test_counters_show_zero_before_they_grow(exporter: Exporter) -> None:
     exporter.write(RECORDS[1])
-    assert value(scrape(exporter), "distrobust_samples_total", phase="train") == 0
+    values = scrape(exporter)
+    assert value(values, "distrobust_samples_total", phase="train") == 0
+    assert value(values, "distrobust_checkpoint_failures_total", phase="train") == 0
 
 
 def test_counters_count_each_phase_by_itself(exporter: Exporter) -> None:

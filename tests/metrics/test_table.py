@@ -7,7 +7,10 @@ import pytest
 from distrobust.metrics.table import BUILD, TABLE, WHO, Metric
 
 LABELS = {"run", "rank", "phase", "attack", "group", "model"}  # of few values each
-EVENTS = {"run", "phase", "step", "epoch", "watch", "checkpoint", "evaluation"}
+EVENTS = {
+    *("run", "phase", "activity", "step", "epoch", "watch", "diverged", "checkpoint", "checkpoint_failed"),
+    "evaluation",
+}
 OPERATIONS = {  # what dashboards have been promised
     "distrobust_comm_sent_bytes_total",
     "distrobust_comm_dense_bytes_total",

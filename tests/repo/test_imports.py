@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_story": {"metrics"},
     "train": {"adversarial", "comm", "compression", "config", "data", "metrics", "models", "optim"},
     "cluster": {"config", "metrics", "train"},
+    "k8s": {"config", "metrics"},
     "bench": {"comm", "compression", "config", "models"},
     "cli": {
         "adversarial",
@@ -32,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cluster",
         "config",
         "data",
+        "k8s",
         "metrics",
         "report",
         "report_ensemble",

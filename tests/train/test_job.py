@@ -206,8 +206,20 @@ def test_ranks_that_differ_end_the_run(make_config: MakeConfig, monkeypatch: pyt
         return torch.cat([rows, other])
 
     monkeypatch.setattr(Transport, "gather_rows", with_a_stranger)
+    config = make_config()
     with pytest.raises(DivergedError, match=r"pretrain, step 2: parameters of ranks \[1\] differ from rank 0"):
-        run_job(make_config())
+        run_job(config)
+    assert [(r["phase"], r["replicas"]) for r in records_of(config, "diverged")] == [("pretrain", 1)]
+
+
+def test_a_run_says_when_it_takes_steps_and_when_it_no_longer_does(make_config: MakeConfig) -> None:
+    config = make_config()
+    run_job(config)
+    told = [(r["phase"], r["training"]) for r in records_of(config, "activity")]
+    assert told == [("pretrain", 1), ("pretrain", 0), ("train", 1), ("train", 0)]
+    ended = records_of(config, "activity")[-1]["time"]
+    assert max(r["time"] for r in records_of(config, "step")) <= ended
+    assert min(r["time"] for r in records_of(config, "evaluation")) >= ended
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

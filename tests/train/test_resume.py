@@ -153,3 +153,6 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_training_goes_on(
     notices = [record["text"] for record in records_of(config, "notice")]
     assert notices
     assert all("not written by rank [0]: No space left on device" in text for text in notices)
+    counts = [r["failures"] for r in records_of(config, "checkpoint_failed") if r["phase"] == "train"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert counts

@@ -1,0 +1,203 @@
+"""The Grafana dashboard, from the table of metrics: one line here is one panel.
+
+Rows go from what a run is for to why it may be slow or ill. Every panel's help is that of its first metric in
+table.py, so a panel cannot speak of a metric that is not there: building it would fail.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from distrobust.metrics.table import TABLE
+
+_HELP = {metric.name: metric.help for metric in TABLE}
+_WHERE = '{run=~"$run"}'
+_HISTOGRAM = re.compile(r"_(bucket|sum|count)$")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """`queries`: (legend, expression); METRIC stands in an expression as `distrobust_name`, selected by run.
+
+    `unit` is Grafana's: s, bytes, Bps, percentunit, or short for plain numbers.
+    """
+
+    title: str
+    unit: str
+    queries: tuple[tuple[str, str], ...]
+    kind: str = "timeseries"
+    width: int = 8
+
+
+def _mean(metric: str) -> str:
+    """Of a histogram, over ranks and five minutes, per run and phase."""
+    return f"sum by (run, phase) (rate({metric}_sum[5m])) / sum by (run, phase) (rate({metric}_count[5m]))"
+
+
+def _high(metric: str) -> str:
+    """The 95th percentile of a histogram, over ranks and five minutes."""
+    return f"histogram_quantile(0.95, sum by (run, phase, le) (rate({metric}_bucket[5m])))"
+
+
+_STEP, _ATTACK, _HOOK = "distrobust_step_seconds", "distrobust_attack_seconds", "distrobust_comm_hook_seconds"
+_SENT, _DENSE = "distrobust_comm_sent_bytes_total", "distrobust_comm_dense_bytes_total"
+_BY_PHASE = "{{run}} {{phase}}"
+
+ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
+    ("Progress", (
+        Panel("Steps finished", "percentunit", ((_BY_PHASE,
+              "max by (run, phase) (distrobust_finished_steps) / max by (run, phase) (distrobust_planned_steps)"),)),
+        Panel("Loss", "short", ((_BY_PHASE, "max by (run, phase) (distrobust_train_loss)"),)),
+        Panel("Held-out accuracy", "percentunit", (
+              ("{{run}} {{phase}} clean", "max by (run, phase) (distrobust_clean_accuracy_ratio)"),
+              ("{{run}} {{phase}} {{attack}}", "max by (run, phase, attack) (distrobust_robust_accuracy_ratio)"))),
+        Panel("Accuracy on training inputs", "percentunit", (
+              (_BY_PHASE, "max by (run, phase) (distrobust_train_accuracy_ratio)"),)),
+        Panel("Learning rate and attack radius", "short", (
+              ("{{run}} {{phase}} rate", "max by (run, phase) (distrobust_learning_rate)"),
+              ("{{run}} {{phase}} eps", "max by (run, phase) (distrobust_attack_eps_ratio)"))),
+        Panel("Final evaluation", "percentunit", (
+              ("{{run}} {{model}} {{attack}}", "max by (run, model, attack) (distrobust_evaluation_accuracy_ratio)"),),
+              "stat"),
+    )),
+    ("Speed", (
+        Panel("Step", "s", (("{{run}} {{phase}} mean", _mean(_STEP)), ("{{run}} {{phase}} p95", _high(_STEP)))),
+        Panel("Attack and hook, of a step", "s", (
+              ("{{run}} {{phase}} attack", _mean(_ATTACK)), ("{{run}} {{phase}} hook", _mean(_HOOK)))),
+        Panel("Examples a second", "short", (
+              (_BY_PHASE, "max by (run, phase) (rate(distrobust_samples_total[5m]))"),)),
+    )),
+    ("Network", (
+        Panel("Sent, all workers", "Bps", (
+              ("{{run}} {{phase}} sent", f"sum by (run, phase) (rate({_SENT}[5m]))"),
+              ("{{run}} {{phase}} dense", f"sum by (run, phase) (rate({_DENSE}[5m]))"))),
+        Panel("Times fewer bytes than dense, so far", "short", (
+              (_BY_PHASE, f"sum by (run, phase) ({_DENSE}) / (sum by (run, phase) ({_SENT}) > 0)"),)),
+        Panel("Density", "percentunit", ((_BY_PHASE, "max by (run, phase) (distrobust_comm_density_ratio)"),)),
+    )),
+    ("Health", (
+        Panel("Time since the last step", "s", (
+              ("{{run}}", "time() - max by (run) (distrobust_last_step_timestamp_seconds)"),), "stat", 6),
+        Panel("Time since the last checkpoint", "s", (
+              ("{{run}}", "time() - max by (run) (distrobust_last_checkpoint_timestamp_seconds)"),), "stat", 6),
+        Panel("Restarts", "short", (("{{run}}", "max by (run) (distrobust_worker_restarts_total)"),), "stat", 6),
+        Panel("Replicas diverged", "short", (
+              ("{{run}}", "max by (run) (distrobust_diverged_replicas) or 0 * max by (run) (distrobust_workers)"),),
+              "stat", 6),
+        Panel("Residual over gradient", "short", (
+              ("{{run}} {{phase}} rank {{rank}}", "distrobust_comm_residual_norm_ratio"),)),
+        Panel("Non-finite steps and failed checkpoints", "short", (
+              ("{{run}} {{phase}} steps", "max by (run, phase) (distrobust_nonfinite_steps_total)"),
+              ("{{run}} {{phase}} checkpoints", "max by (run, phase) (distrobust_checkpoint_failures_total)"))),
+        Panel("Catastrophic overfitting: FGSM less PGD-10", "percentunit", (
+              (_BY_PHASE, "max by (run, phase) (distrobust_attack_gap_ratio)"),)),
+    )),
+    ("Layers", (
+        Panel("Learning rate over the scheduled one, by group", "short", (
+              ("{{run}} {{group}}", "max by (run, phase, group) (distrobust_layer_lr_ratio)"),), width=12),
+        Panel("Gradient noise, by group", "short", (
+              ("{{run}} {{group}}", "max by (run, phase, group) (distrobust_layer_gradient_noise)"),), width=12),
+    )),
+)  # fmt: skip
+
+
+def dashboard() -> dict[str, Any]:
+    """The JSON model Grafana imports; it asks for the Prometheus data source and offers every run."""
+    panels: list[dict[str, Any]] = []
+    y = 0
+    for title, row in ROWS:
+        panels.append(
+            {
+                "type": "row",
+                "title": title,
+                "collapsed": False,
+                "gridPos": {"h": 1, "w": 24, "x": 0, "y": y},
+                "id": len(panels) + 1,
+                "panels": [],
+            }
+        )
+        x, y = 0, y + 1
+        for panel in row:
+            if x + panel.width > 24:
+                x, y = 0, y + 8
+            panels.append(_panel(panel, len(panels) + 1, x, y))
+            x += panel.width
+        y += 8
+    return {
+        "uid": "distrobust",
+        "title": "distrobust",
+        "tags": ["distrobust"],
+        "schemaVersion": 39,
+        "version": 1,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-3h", "to": "now"},
+        "templating": {"list": _variables()},
+        "panels": panels,
+    }
+
+
+def text() -> str:
+    """The same as a file."""
+    return json.dumps(dashboard(), indent=1) + "\n"
+
+
+def metrics_in(expression: str) -> list[str]:
+    """The table's names of the metrics in an expression: a histogram's series have its name.
+
+    Raises KeyError for a name of ours that the table does not have.
+    """
+    names = []
+    for name in re.findall(r"\bdistrobust_[a-z_]+", expression):
+        known = name if name in _HELP else _HISTOGRAM.sub("", name)
+        if known not in _HELP:
+            raise KeyError(name)
+        names.append(known)
+    return names
+
+
+def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
+    first = metrics_in(panel.queries[0][1])[0]
+    return {
+        "type": panel.kind,
+        "title": panel.title,
+        "description": _HELP[first],
+        "id": number,
+        "gridPos": {"h": 8, "w": panel.width, "x": x, "y": y},
+        "datasource": _SOURCE,
+        "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
+        "options": {},
+        "targets": [
+            {
+                "refId": chr(ord("A") + index),
+                "datasource": _SOURCE,
+                "expr": re.sub(r"(distrobust_[a-z_]+)", rf"\1{_WHERE}", expression),
+                "legendFormat": legend,
+            }
+            for index, (legend, expression) in enumerate(panel.queries)
+        ],
+    }
+
+
+_SOURCE = {"type": "prometheus", "uid": "${source}"}
+
+
+def _variables() -> list[dict[str, Any]]:
+    runs = "label_values(distrobust_build_info, run)"
+    return [
+        {"name": "source", "label": "Prometheus", "type": "datasource", "query": "prometheus"},
+        {
+            "name": "run",
+            "label": "Run",
+            "type": "query",
+            "datasource": _SOURCE,
+            "query": {"query": runs, "refId": "run"},
+            "definition": runs,
+            "refresh": 2,
+            "includeAll": True,
+            "multi": True,
+            "allValue": ".*",
+            "current": {"text": "All", "value": "$__all"},
+        },
+    ]
