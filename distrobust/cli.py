@@ -265,6 +265,17 @@ def ensemble(
 
 
 @commands.command()
+@_FILE
+@_SET
+def simulate(file: Path, overrides: tuple[str, ...]) -> None:
+    """Run the federated simulation that FILE describes (see launch/federated-digits.yaml)."""
+    from distrobust.federated import settings
+    from distrobust.federated.command import command
+
+    command(settings.load(file, overrides), click.echo)
+
+
+@commands.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write RUN/report.html."""

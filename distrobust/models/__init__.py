@@ -1,6 +1,6 @@
 """Image classifiers with the normalisation inside: float images in [0, 1], (B, C, H, W) -> logits (B, num_classes).
 
-build          a reference network (cnn, resnet9) by name
+build          a reference network (cnn, resnet9, ...) by name
 from_directory a Hugging Face or timm model whose weights lie in a directory; nothing is ever downloaded
 rebuild        the same model again from its description in a model file, without that directory
 load_weights   parameters and buffers by name, all or nothing
