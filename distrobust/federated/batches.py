@@ -25,6 +25,12 @@ class Batches:
     weights: Tensor
     steps: Tensor
 
+    def of(self, client: int) -> Batches:
+        """Those of one client of the cohort, as a cohort of one."""
+        steps = int(self.steps[client])
+        chosen = slice(client, client + 1)
+        return Batches(self.rows[chosen, :steps], self.weights[chosen, :steps], self.steps[chosen])
+
     @property
     def is_full(self) -> bool:
         """Whether every client takes every step."""

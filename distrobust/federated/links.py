@@ -70,7 +70,8 @@ class Links:
         if not self._traces:
             return start + num_bytes / self._bytes_per_s(direction, clients)
         rows = zip(self._traces_of(clients), start.tolist(), num_bytes.tolist(), strict=True)
-        return np.array([max(t, trace.when(direction, trace.at(direction, t) + b)) for trace, t, b in rows])
+        finished: Floats = np.array([max(t, trace.when(direction, trace.at(direction, t) + b)) for trace, t, b in rows])
+        return finished
 
     def sent_by(self, direction: str, clients: Integers, start: Floats, num_bytes: Floats, until: Floats) -> Floats:
         """Bytes of such transfers that have left at the time `until`, rounded down."""
@@ -80,7 +81,8 @@ class Links:
             return np.floor(np.minimum(num_bytes, seconds * self._bytes_per_s(direction, clients)))
         rows = zip(self._traces_of(clients), start.tolist(), (start + seconds).tolist(), strict=True)
         possible = np.array([trace.at(direction, stop) - trace.at(direction, begin) for trace, begin, stop in rows])
-        return np.floor(np.minimum(num_bytes, possible))
+        left: Floats = np.floor(np.minimum(num_bytes, possible))
+        return left
 
     def _bytes_per_s(self, direction: str, clients: Integers) -> Floats:
         settings = self._settings

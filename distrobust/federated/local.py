@@ -32,6 +32,32 @@ class Trained:
     losses: Tensor
 
 
+def train_one_by_one(
+    network: Network,
+    start: Tensor,
+    batches: Batches,
+    images: Tensor,
+    labels: Tensor,
+    settings: LocalConfig,
+    correction: Tensor | None = None,
+) -> Trained:
+    """`train`, a client after the other."""
+    begin = start.expand(len(batches.rows), -1)
+    alone = [
+        train(
+            network,
+            begin[i : i + 1],
+            batches.of(i),
+            images,
+            labels,
+            settings,
+            correction[i : i + 1] if correction is not None else None,
+        )
+        for i in range(len(begin))
+    ]
+    return Trained(torch.cat([one.updates for one in alone]), torch.cat([one.losses for one in alone]))
+
+
 @torch.no_grad()
 def train(
     network: Network,
@@ -53,6 +79,7 @@ def train(
     added = network.spec.stacked(correction) if correction is not None else None
     rule = _Rule(settings)
     losses = begin.new_zeros(num_clients)
+    is_full = batches.is_full
     for step in range(num_steps):
         rows = batches.rows[:, step]
         g, loss = network.gradients(y, images[rows].float().div_(255), labels[rows], batches.weights[:, step])
@@ -62,15 +89,18 @@ def train(
         if added is not None:
             torch._foreach_add_(g, added)
         moves = rule(y, g)
-        if not batches.is_full:
+        if not is_full:
             active = (batches.steps > step).to(torch.float32)
-            moves = [move * active.view(-1, *[1] * (move.dim() - 1)) for move in moves]
-        torch._foreach_sub_(y, moves)
+            torch._foreach_mul_(moves, [active.view(-1, *[1] * (move.dim() - 1)) for move in moves])
+        torch._foreach_add_(y, moves, alpha=-settings.rate)
     return Trained(begin - network.spec.vectors(y), losses)
 
 
+EXECUTORS = {"batched": train, "serial": train_one_by_one}
+
+
 class _Rule:
-    """(parameters, gradients) -> what to subtract. May change the gradients."""
+    """(parameters, gradients) -> what to subtract, in units of the rate. Uses up the gradients."""
 
     def __init__(self, settings: LocalConfig) -> None:
         self.settings = settings
@@ -91,8 +121,8 @@ class _Rule:
                 torch._foreach_add_(self.first, g)
             else:
                 self.first = [one.clone() for one in g]
-            g = self.first
-        return list(torch._foreach_mul(g, settings.rate))
+            return [one.clone() for one in self.first]
+        return g
 
     def _adamw(self, y: Stacked, g: Stacked) -> Stacked:
         settings = self.settings
@@ -106,7 +136,7 @@ class _Rule:
         torch._foreach_div_(root, (1 - BETA2**self.step) ** 0.5)
         torch._foreach_add_(root, EPSILON)
         moves = list(torch._foreach_div(self.first, root))
-        torch._foreach_mul_(moves, settings.rate / (1 - BETA1**self.step))
+        torch._foreach_div_(moves, 1 - BETA1**self.step)
         if settings.weight_decay:
-            torch._foreach_add_(moves, y, alpha=settings.rate * settings.weight_decay)
+            torch._foreach_add_(moves, y, alpha=settings.weight_decay)
         return moves

@@ -190,9 +190,9 @@ class SimulatedEvaluationConfig(Section):
 
 class ExecuteConfig(Section):
     executor: Literal["batched", "serial"] = "batched"
-    """How clients are run. batched: `cohort` clients at once, as stacked tensors; serial: one after the other."""
-    cohort: Count = 20
-    """Clients at once."""
+    """How clients are trained. batched: `cohort` at once, as stacked tensors; serial: one after the other."""
+    cohort: Count = 50
+    """Clients at once. Their models and gradients should fit into the processor's cache."""
     threads: Count = 1
     """Of torch."""
     memory_limit_bytes: Count = 512 * 1024**2

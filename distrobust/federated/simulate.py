@@ -114,12 +114,12 @@ class Simulation:
         config, rounds = self.config, self.config.rounds
         wanted = config.clients.per_round
         to_start = min(self.partition.num_clients, int(np.ceil(wanted * (1 + rounds.over_selection))))
-        clients = self.availability.select(to_start, self.round, self.clock_s)
+        clients = np.sort(self.availability.select(to_start, self.round, self.clock_s))
         rows = [self.partition.rows_of(client) for client in clients.tolist()]
         course = self._run_clock(clients, rows, wanted)
         arrived = np.flatnonzero(course.fate == ARRIVED)
         this = _Round(server.WeightedMean(self.network.spec.n), torch.zeros_like(self.control))
-        size = 1 if config.execute.executor == "serial" else config.execute.cohort
+        size = config.execute.cohort
         for start in range(0, len(arrived), size):
             self._cohort(arrived[start : start + size], clients, rows, this)
         self._move(this)
@@ -163,7 +163,7 @@ class Simulation:
         numbers = clients[chosen]
         plan = batches.make([rows[i] for i in chosen], numbers, config.local, config.run.seed, self.round)
         own = self.controls.read(numbers.tolist()) if config.local.control_variates else None
-        trained = local.train(
+        trained = local.EXECUTORS[config.execute.executor](
             self.network,
             self.shared,
             plan,
