@@ -177,6 +177,8 @@ class RoundsConfig(Section):
     """Updates of the global model."""
     over_selection: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     """More clients to start than per_round, as a share of it; the round ends with the first per_round to arrive."""
+    retry_s: Positive = 60.0
+    """Seconds until the next round when nobody can be reached."""
     deadline_s: Positive | None = None
     """Seconds after which the round goes on without those who have not arrived; null: waits for all."""
 
@@ -192,7 +194,7 @@ class ExecuteConfig(Section):
     executor: Literal["batched", "serial"] = "batched"
     """How clients are trained. batched: `cohort` at once, as stacked tensors; serial: one after the other."""
     cohort: Count = 50
-    """Clients at once. Their models and gradients should fit into the processor's cache."""
+    """Clients trained, coded and checked together. Their models and gradients should fit into the processor's cache."""
     threads: Count = 1
     """Of torch."""
     memory_limit_bytes: Count = 512 * 1024**2

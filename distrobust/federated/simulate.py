@@ -39,6 +39,7 @@ from distrobust.federated.settings import SimulateConfig
 from distrobust.federated.timeline import ARRIVED, LATE, LOST, SURPLUS, Course
 
 PATIENCE = 10  # rounds in a row without one update, after which there is no point in going on
+NOBODY = 10_000  # rounds in a row in which nobody could be reached: a week of retries once a minute
 NATURAL = Attack("none")
 
 
@@ -99,7 +100,7 @@ class Simulation:
         self.control = torch.zeros(n)
         self.round, self.clock_s = 0, 0.0
         self.totals = Totals()
-        self._idle = 0
+        self._idle = self._nobody = 0
 
     def __enter__(self) -> Simulation:
         return self
@@ -126,9 +127,10 @@ class Simulation:
         self._count(clients, course, this, to_start)
         record = self._record(clients, course, this, time.perf_counter() - started)
         self.round += 1
-        self.clock_s += course.duration_s
-        self._idle = 0 if this.losses else self._idle + 1
-        if self._idle == PATIENCE:
+        self.clock_s += course.duration_s if len(clients) else rounds.retry_s
+        self._idle = 0 if this.losses else self._idle + (len(clients) > 0)
+        self._nobody = 0 if len(clients) else self._nobody + 1
+        if self._idle == PATIENCE or self._nobody == NOBODY:
             raise DivergedError(self._why_idle(len(clients), course, this))
         return record
 
@@ -271,7 +273,7 @@ class Simulation:
         }
 
     def _why_idle(self, num_started: int, course: Course, this: _Round) -> str:
-        where = f"round {self.round - 1}: no update for {PATIENCE} rounds in a row"
+        where = f"round {self.round - 1}: no update for {PATIENCE if num_started else NOBODY} rounds in a row"
         if this.nonfinite:
             return f"{where}: all that arrived were not finite; lower local.rate"
         if not num_started:
