@@ -272,7 +272,8 @@ def simulate(file: Path, overrides: tuple[str, ...]) -> None:
     from distrobust.federated import settings
     from distrobust.federated.command import command
 
-    command(settings.load(file, overrides), click.echo)
+    if not command(settings.load(file, overrides), click.echo):
+        sys.exit(130)  # as a shell says of a program ended by Ctrl-C
 
 
 @commands.command()

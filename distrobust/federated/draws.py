@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     DROP_POINT = 10
     PHASE = 11
     ATTACK = 12
+    PERSONAL = 13
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distrobust.federated.attacked import Adversary
 from distrobust.federated.batches import Batches
 from distrobust.federated.network import Network, Stacked
 from distrobust.federated.settings import LocalConfig
@@ -40,6 +41,7 @@ def train_one_by_one(
     labels: Tensor,
     settings: LocalConfig,
     correction: Tensor | None = None,
+    adversary: Adversary | None = None,
 ) -> Trained:
     """`train`, a client after the other."""
     begin = start.expand(len(batches.rows), -1)
@@ -52,6 +54,7 @@ def train_one_by_one(
             labels,
             settings,
             correction[i : i + 1] if correction is not None else None,
+            adversary.of(i) if adversary is not None else None,
         )
         for i in range(len(begin))
     ]
@@ -67,10 +70,11 @@ def train(
     labels: Tensor,
     settings: LocalConfig,
     correction: Tensor | None = None,
+    adversary: Adversary | None = None,
 ) -> Trained:
-    """start (n,), or (C, n) if clients start apart; images (rows, channels, height, width) uint8; labels (rows,).
+    """start (n,), or (C, n) if clients start apart; images (rows, channels, height, width) as `pixels` takes them.
 
-    correction (C, n): c - c_i of SCAFFOLD.
+    labels (rows,). correction (C, n): c - c_i of SCAFFOLD. adversary: moves the images before every step.
     """
     num_clients, num_steps, _ = batches.rows.shape
     begin = start.expand(num_clients, -1)
@@ -82,7 +86,10 @@ def train(
     is_full = batches.is_full
     for step in range(num_steps):
         rows = batches.rows[:, step]
-        g, loss = network.gradients(y, images[rows].float().div_(255), labels[rows], batches.weights[:, step])
+        inputs, targets = pixels(images, rows), labels[rows]
+        if adversary is not None:
+            inputs = adversary(y, inputs, targets, step)
+        g, loss = network.gradients(y, inputs, targets, batches.weights[:, step])
         losses = loss if step == 0 else losses
         if settings.proximal:
             torch._foreach_add_(g, torch._foreach_sub(y, x), alpha=settings.proximal)
@@ -94,6 +101,12 @@ def train(
             torch._foreach_mul_(moves, [active.view(-1, *[1] * (move.dim() - 1)) for move in moves])
         torch._foreach_add_(y, moves, alpha=-settings.rate)
     return Trained(begin - network.spec.vectors(y), losses)
+
+
+def pixels(images: Tensor, rows: Tensor) -> Tensor:
+    """images (all rows, ...) uint8 or float in [0, 1], at rows (C, B): (C, B, ...) float in [0, 1]."""
+    found = images.index_select(0, rows.reshape(-1)).view(*rows.shape, *images.shape[1:])
+    return found if found.is_floating_point() else found.float().div_(255)
 
 
 EXECUTORS = {"batched": train, "serial": train_one_by_one}

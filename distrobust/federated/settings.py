@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from distrobust import config as configuration
-from distrobust.config import Count, Density, Positive, RunConfig, Section, Share
+from distrobust.config import Budget, Count, Density, Positive, RunConfig, Section, Share
 
 
 class SimulatedDataConfig(Section):
@@ -87,6 +87,26 @@ class LocalConfig(Section):
                 "weight_decay and proximal 0"
             )
         return self
+
+
+class LocalAttackConfig(Section):
+    name: Literal["fgsm", "pgd"] = "pgd"
+    """How clients make their training examples, each against its own model; pgd starts at random."""
+    eps: Annotated[Budget, Field(le=1.0)] = 8 / 255
+    """Linf budget, inputs in [0, 1]; may be written 8/255. Also that of robust accuracy, against PGD-20."""
+    steps: Count = 5
+    """pgd only."""
+
+
+class PersonalConfig(Section):
+    test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
+    """Share of each client's rows that nobody trains on, to compare the global model with the client's own."""
+    epochs: Count = 5
+    """Passes over the client's other rows, from the final global model."""
+    rate: Positive | None = None
+    """null: local.rate."""
+    penalty: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.1
+    """RTFA's lambda."""
 
 
 class ServerConfig(Section):
@@ -185,7 +205,7 @@ class RoundsConfig(Section):
 
 class SimulatedEvaluationConfig(Section):
     every: Count = 10
-    """Rounds between looks at the held-out rows; the test file is read at the end."""
+    """Rounds between looks at the held-out rows, and checkpoints; the test file is read at the end."""
     batch_size: Count = 500
     """Rows at once."""
 
@@ -208,6 +228,8 @@ class SimulateConfig(Section):
     """A reference network without batch norm."""
     clients: ClientsConfig = ClientsConfig()
     local: LocalConfig = LocalConfig()
+    attack: LocalAttackConfig | None = None
+    """Local adversarial training; null: natural training."""
     server: ServerConfig = ServerConfig()
     upload: UploadConfig | None = None
     """Compression of what clients send; null: float32."""
@@ -216,8 +238,16 @@ class SimulateConfig(Section):
     rounds: RoundsConfig = RoundsConfig()
     links: LinksConfig = LinksConfig()
     availability: AvailabilityConfig = AvailabilityConfig()
+    personal: PersonalConfig | None = None
+    """A personal model for every client at the end (FTFA and RTFA), next to the global one; null: none."""
     evaluate: SimulatedEvaluationConfig = SimulatedEvaluationConfig()
     execute: ExecuteConfig = ExecuteConfig()
+
+    @model_validator(mode="after")
+    def _personal_rows_are_the_clients_own(self) -> SimulateConfig:
+        if self.personal is not None and self.clients.rows is not None:
+            raise ValueError("personal needs rows that no other client trains on: set clients.rows to null")
+        return self
 
     @model_validator(mode="after")
     def _scaffold_sends_no_compressed_downloads(self) -> SimulateConfig:

@@ -27,20 +27,23 @@ from torch import Tensor, nn
 from distrobust.adversarial import Attack, Score, count_correct, score
 from distrobust.compression.memory import Rule
 from distrobust.errors import DivergedError
-from distrobust.federated import batches, local, network, partition, server, timeline
+from distrobust.federated import batches, local, network, partition, personal, server, timeline
+from distrobust.federated.attacked import Adversary, threat_of
 from distrobust.federated.availability import Availability
 from distrobust.federated.coding import Coder, compress
 from distrobust.federated.dataset import Dataset, Rows
 from distrobust.federated.draws import Integers
 from distrobust.federated.links import Links
 from distrobust.federated.network import load_
+from distrobust.federated.personal import Personal
 from distrobust.federated.rows import Rows as Vectors
 from distrobust.federated.settings import SimulateConfig
 from distrobust.federated.timeline import ARRIVED, LATE, LOST, SURPLUS, Course
 
 PATIENCE = 10  # rounds in a row without one update, after which there is no point in going on
 NOBODY = 10_000  # rounds in a row in which nobody could be reached: a week of retries once a minute
-NATURAL = Attack("none")
+NATURAL, ROBUST = Attack("none"), Attack("pgd", steps=20)
+FLOAT_BYTES = 256 * 2**20  # of images that are converted once, instead of whenever a client takes them
 
 
 @dataclass
@@ -77,7 +80,10 @@ class Simulation:
     """Everything that lasts from round to round. Close it, or use it in a `with` block: it may hold files."""
 
     def __init__(self, config: SimulateConfig, data: Dataset, module: nn.Module, scratch: Path) -> None:
-        self.config, self.module, self.train = config, module, data.train
+        self.config, self.module = config, module
+        fits = 4 * data.train.images.numel() <= FLOAT_BYTES
+        self.images = data.train.images.float().div_(255) if fits else data.train.images
+        self.labels = data.train.labels
         seed, labels = config.run.seed, data.train.labels.numpy()
         self.partition = partition.make(config.clients, labels, data.source.num_classes, seed, data.groups)
         self.availability = Availability(config.availability, seed, self.partition, labels, data.source.num_classes)
@@ -116,7 +122,7 @@ class Simulation:
         wanted = config.clients.per_round
         to_start = min(self.partition.num_clients, int(np.ceil(wanted * (1 + rounds.over_selection))))
         clients = np.sort(self.availability.select(to_start, self.round, self.clock_s))
-        rows = [self.partition.rows_of(client) for client in clients.tolist()]
+        rows = [self.parts_of(client)[0] for client in clients.tolist()]
         course = self._run_clock(clients, rows, wanted)
         arrived = np.flatnonzero(course.fate == ARRIVED)
         this = _Round(server.WeightedMean(self.network.spec.n), torch.zeros_like(self.control))
@@ -133,6 +139,14 @@ class Simulation:
         if self._idle == PATIENCE or self._nobody == NOBODY:
             raise DivergedError(self._why_idle(len(clients), course, this))
         return record
+
+    def parts_of(self, client: int) -> tuple[Integers, Integers]:
+        """The rows a client trains on, and those set apart for a comparison with its personal model, if any."""
+        rows = self.partition.rows_of(client)
+        settings = self.config.personal
+        if settings is None:
+            return rows, rows[:0]
+        return personal.set_apart(rows, client, settings.test, self.config.run.seed)
 
     def _run_clock(self, clients: Integers, rows: list[Integers], wanted: int) -> Course:
         settings = self.config.rounds
@@ -165,14 +179,18 @@ class Simulation:
         numbers = clients[chosen]
         plan = batches.make([rows[i] for i in chosen], numbers, config.local, config.run.seed, self.round)
         own = self.controls.read(numbers.tolist()) if config.local.control_variates else None
+        adversary = None
+        if config.attack is not None:
+            adversary = Adversary(self.network, config.attack, config.run.seed, self.round, numbers)
         trained = local.EXECUTORS[config.execute.executor](
             self.network,
             self.shared,
             plan,
-            self.train.images,
-            self.train.labels,
+            self.images,
+            self.labels,
             config.local,
             self.control - own if own is not None else None,
+            adversary,
         )
         weights = server.weights_of([len(rows[i]) for i in chosen], config.server)
         counts, received = self._received(numbers.tolist(), trained.updates, this, weights)
@@ -285,21 +303,59 @@ class Simulation:
             )
         return f"{where}: every client was lost in its upload; lower links.drop_out"
 
-    def accuracy(self, rows: Rows, attack: Attack = NATURAL) -> Score:
-        """Of the model that clients have."""
+    def accuracies(self, rows: Rows) -> dict[str, Score]:
+        """Of the model that clients have: clean, and robust if they train against an attack."""
         model = load_(self.module, self.shared)
         model.eval()
-        size = self.config.evaluate.batch_size
-        pairs = zip(rows.images.split(size), rows.labels.split(size), strict=True)
-        return score(count_correct(model, pairs, attack, None, 0), attack, None, 0)
+        size, seed = self.config.evaluate.batch_size, self.config.run.seed
+        threat = threat_of(self.config.attack) if self.config.attack is not None else None
+        against = {"clean": (NATURAL, None), **({"robust": (ROBUST, threat)} if threat is not None else {})}
+        found = {}
+        for name, (attack, ball) in against.items():
+            pairs = zip(rows.images.split(size), rows.labels.split(size), strict=True)
+            found[name] = score(count_correct(model, pairs, attack, ball, seed), attack, ball, seed)
+        return found
+
+    def personal(self) -> Personal | None:
+        """The clients' personal models next to the global one; None unless configured."""
+        config = self.config
+        if config.personal is None:
+            return None
+        return personal.evaluate(
+            self.network,
+            self.shared,
+            self.parts_of,
+            self.partition.num_clients,
+            self.images,
+            self.labels,
+            config.personal,
+            config.local,
+            config.execute.cohort,
+            config.run.seed,
+        )
 
 
-def run(simulation: Simulation, held_out: Rows, write: Callable[[dict[str, Any]], None]) -> None:
-    """All rounds, each one's record to `write`, and held-out accuracy every so often."""
+def run(
+    simulation: Simulation,
+    held_out: Rows,
+    write: Callable[[dict[str, Any]], None],
+    save: Callable[[], None],
+    is_stopped: Callable[[], bool],
+) -> bool:
+    """All rounds, each one's record to `write`; every so often held-out accuracy and a checkpoint by `save`.
+
+    False if it was stopped between two rounds, with a checkpoint.
+    """
     config = simulation.config
     while simulation.round < config.rounds.number:
         write(simulation.step())
         done = simulation.round
-        if done % config.evaluate.every == 0 or done == config.rounds.number:
-            found = simulation.accuracy(held_out)
-            write({"event": "held_out", "time": time.time(), "round": done - 1, "clean": found.accuracy})
+        is_last = done == config.rounds.number
+        if done % config.evaluate.every == 0 or is_last:
+            accuracies = {name: one.accuracy for name, one in simulation.accuracies(held_out).items()}
+            write({"event": "held_out", "time": time.time(), "round": done - 1, **accuracies})
+            save()
+        if is_stopped() and not is_last:
+            save()
+            return False
+    return True
