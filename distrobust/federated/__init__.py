@@ -4,6 +4,7 @@ settings.py      the configuration of a simulation
 draws.py         random numbers as a function of (seed, purpose, round, client, ...)
 partition.py     which rows of a data set are a client's
 network.py       a model as stacked parameter vectors of a cohort; its gradients by hand or by torch.func.vmap
+projected.py     gradients without back-propagation (tpSGD)
 batches.py       which rows a client takes in which local step
 local.py         what a client does: local steps
 attacked.py      adversarial examples for local adversarial training

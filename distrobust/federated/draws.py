@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     PHASE = 11
     ATTACK = 12
     PERSONAL = 13
+    PROJECTION = 14
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -71,6 +71,8 @@ class LocalConfig(Section):
     """Of sgd."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Coupled for sgd, decoupled for adamw."""
+    gradients: Literal["backpropagation", "target_projection"] = "backpropagation"
+    """target_projection: tpSGD, each layer towards a random projection of the label; mlp and linear only."""
     proximal: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     """FedProx: adds this / 2 times the squared distance from the round's model to the loss."""
     control_variates: bool = False

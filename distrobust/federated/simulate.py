@@ -36,6 +36,7 @@ from distrobust.federated.draws import Integers
 from distrobust.federated.links import Links
 from distrobust.federated.network import load_
 from distrobust.federated.personal import Personal
+from distrobust.federated.projected import projected
 from distrobust.federated.rows import Rows as Vectors
 from distrobust.federated.settings import SimulateConfig
 from distrobust.federated.timeline import ARRIVED, LATE, LOST, SURPLUS, Course
@@ -89,6 +90,8 @@ class Simulation:
         self.availability = Availability(config.availability, seed, self.partition, labels, data.source.num_classes)
         self.links = Links(config.links, seed)
         self.network = network.network(module)
+        if config.local.gradients == "target_projection":
+            self.network = projected(module, self.network, seed)
         n = self.network.spec.n
         self.server = server.Server(network.flat(module), config.server)
         self.shared = self.server.x.clone()

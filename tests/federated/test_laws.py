@@ -12,7 +12,9 @@ from federated.conftest import Simulate, made_up, module
 from torch import Tensor
 from torch.nn import functional as F
 
+from distrobust.errors import ModelError
 from distrobust.federated import batches, local, network
+from distrobust.federated.projected import Projected, projected
 from distrobust.federated.settings import LocalConfig
 from distrobust.federated.simulate import Simulation
 from distrobust.federated.timeline import ARRIVED
@@ -333,6 +335,42 @@ def test_local_optimizers_are_torchs(settings: dict[str, Any]) -> None:
         F.cross_entropy(net(data.train.images[:30].float() / 255), data.train.labels[:30]).backward()
         optimizer.step()
     torch.testing.assert_close(ours, network.flat(net), rtol=1e-4, atol=1e-5)
+
+
+def test_target_projection_is_the_papers_update_one_image_at_a_time() -> None:
+    net = module("mlp")
+    layered = network.network(net)
+    ours = projected(net, layered, 5)
+    assert isinstance(ours, Projected)
+    vectors = network.flat(net)[None] + 0.05 * torch.randn(
+        2, layered.spec.n, generator=torch.Generator().manual_seed(0)
+    )
+    x, y = torch.rand(2, 3, 1, 8, 8), torch.randint(0, 4, (2, 3))
+    W1, b1, W2, b2 = ours.spec.stacked(vectors)
+    found, _ = ours.gradients([W1, b1, W2, b2], x, y, torch.full((2, 3), 1 / 3))
+    for client in range(2):
+        expected = [torch.zeros_like(one[client]) for one in found]
+        for i in range(3):
+            x1 = (x[client, i].flatten() - 0.5) / 0.25
+            z1 = W1[client] @ x1 + b1[client]
+            y1 = z1.clamp(min=0)
+            delta = (ours._P[0][y[client, i]] - y1) * (z1 > 0)
+            last = F.one_hot(y[client, i], 4) - torch.softmax(W2[client] @ y1 + b2[client], 0)
+            for one, step in zip(expected, (delta.outer(x1), delta, last.outer(y1), last), strict=True):
+                one -= step / 3
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one[client], other, rtol=1e-4, atol=1e-5)
+
+
+def test_target_projection_learns_and_is_for_chains_of_linear_layers_only(simulate: Simulate) -> None:
+    simulation = simulate(
+        model="mlp", clients=EVERYBODY, local={"gradients": "target_projection", "rate": 0.02, "epochs": 3}
+    )
+    for _ in range(20):
+        simulation.step()
+    assert simulation.accuracies(made_up().held_out)["clean"].accuracy > 0.6  # chance is 0.25
+    with pytest.raises(ModelError, match="target_projection is for mlp and linear: no hand-written batched form"):
+        simulate(model="cnn_gn", local={"gradients": "target_projection"})
 
 
 def test_training_leaves_the_start_as_it_was(simulate: Simulate) -> None:
