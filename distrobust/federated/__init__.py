@@ -16,6 +16,7 @@ links.py         bandwidth, latency, compute speed; traces from CSV
 availability.py  which clients can be reached in a round
 timeline.py      a round on the virtual clock: who arrives, who is late, what it costs
 simulate.py      the rounds
+buffered.py      asynchronous ones (FedBuff)
 checkpoint.py    everything between two rounds as one file
 command.py       a configuration file -> a run directory and lines for the terminal
 """

@@ -21,7 +21,7 @@ from distrobust.federated.simulate import Simulation, Totals
 NAME = "checkpoint.pt"
 _TENSORS = ("shared", "server_residual", "control")
 _VECTORS = ("residuals", "velocities", "controls")
-_PLAIN = ("round", "clock_s", "message_bytes", "last_seen")
+_PLAIN = ("round", "clock_s", "message_bytes", "last_seen", "_idle", "_nobody")
 
 
 def save(simulation: Simulation, directory: Path) -> None:
@@ -32,6 +32,7 @@ def save(simulation: Simulation, directory: Path) -> None:
         "tensors": {name: getattr(simulation, name) for name in _TENSORS},
         "vectors": {name: getattr(simulation, name).state() for name in _VECTORS},
         "plain": {name: getattr(simulation, name) for name in _PLAIN},
+        "extra": simulation.extra_state(),
         "totals": dataclasses.asdict(simulation.totals),
     }
     temporary = directory / f".{NAME}"
@@ -65,6 +66,7 @@ def load(simulation: Simulation, directory: Path) -> bool:
         setattr(simulation, name, value)
     for name, saved in state["vectors"].items():
         getattr(simulation, name).load(saved)
+    simulation.load_extra_state(state["extra"])
     simulation.totals = Totals(**state["totals"])
     return True
 

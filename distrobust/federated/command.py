@@ -26,6 +26,7 @@ from distrobust import config as configuration
 from distrobust import models
 from distrobust.errors import ConfigError
 from distrobust.federated import checkpoint, dataset
+from distrobust.federated.buffered import Buffered
 from distrobust.federated.settings import SimulateConfig
 from distrobust.federated.simulate import Simulation, run
 from distrobust.metrics import jsonl
@@ -45,7 +46,8 @@ def command(config: SimulateConfig, say: Say) -> bool:
     directory = config.run.dir
     with _held(directory), _interrupt() as stopped, contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory / "scratch", ignore_errors=True)
-        simulation = stack.enter_context(Simulation(config, data, module, directory / "scratch"))
+        kind = Buffered if config.rounds.buffer is not None else Simulation
+        simulation = stack.enter_context(kind(config, data, module, directory / "scratch"))
         continued = checkpoint.load(simulation, directory)
         (directory / "config.yaml").write_text(configuration.dump(config))
         _forget_records(directory / "metrics.jsonl", simulation.round)

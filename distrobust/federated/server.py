@@ -50,12 +50,12 @@ class WeightedMean:
         self._sum = torch.zeros(n, dtype=torch.float64)
         self._weight = 0.0
 
-    def add(self, places: Tensor | None, values: Tensor, weight: float) -> None:
-        """values (n,), or (k,) at `places` (k,)."""
+    def add(self, places: Tensor | None, values: Tensor, weight: float, discount: float = 1.0) -> None:
+        """values (n,), or (k,) at `places` (k,). A discount makes the update smaller, not its weight."""
         if places is None:
-            self._sum.add_(values.double(), alpha=weight)
+            self._sum.add_(values.double(), alpha=weight * discount)
         else:
-            self._sum.index_add_(0, places, values.double(), alpha=weight)
+            self._sum.index_add_(0, places, values.double(), alpha=weight * discount)
         self._weight += weight
 
     def value(self) -> Tensor:

@@ -197,6 +197,9 @@ class AvailabilityConfig(Section):
 class RoundsConfig(Section):
     number: Count = 50
     """Updates of the global model."""
+    buffer: Count | None = None
+    """Asynchronous (FedBuff): per_round clients are always at work, and the model is updated whenever so many of them
+    have arrived, late ones counting for less; null: in rounds."""
     over_selection: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     """More clients to start than per_round, as a share of it; the round ends with the first per_round to arrive."""
     retry_s: Positive = 60.0
@@ -244,6 +247,22 @@ class SimulateConfig(Section):
     """A personal model for every client at the end (FTFA and RTFA), next to the global one; null: none."""
     evaluate: SimulatedEvaluationConfig = SimulatedEvaluationConfig()
     execute: ExecuteConfig = ExecuteConfig()
+
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> SimulateConfig:
+        rounds, clients = self.rounds, self.clients
+        if rounds.buffer is None:
+            return self
+        if rounds.deadline_s is not None or rounds.over_selection or self.local.control_variates:
+            raise ValueError(
+                "rounds.buffer excludes rounds.deadline_s, rounds.over_selection and local.control_variates"
+            )
+        if clients.registered is not None and clients.per_round + rounds.buffer > clients.registered:
+            raise ValueError(
+                f"rounds.buffer {rounds.buffer} and clients.per_round {clients.per_round} are more than "
+                f"{clients.registered} registered clients: some wait in the buffer while others work"
+            )
+        return self
 
     @model_validator(mode="after")
     def _personal_rows_are_the_clients_own(self) -> SimulateConfig:

@@ -15,7 +15,7 @@ computes them for itself from what it received, and the upload is no longer than
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Totals:
 
 
 @dataclass
-class _Round:
+class Round:
     """What one round adds up."""
 
     mean: server.WeightedMean
@@ -126,9 +126,9 @@ class Simulation:
         to_start = min(self.partition.num_clients, int(np.ceil(wanted * (1 + rounds.over_selection))))
         clients = np.sort(self.availability.select(to_start, self.round, self.clock_s))
         rows = [self.parts_of(client)[0] for client in clients.tolist()]
-        course = self._run_clock(clients, rows, wanted)
+        course = self._run_clock(clients, rows, wanted, self.round)
         arrived = np.flatnonzero(course.fate == ARRIVED)
-        this = _Round(server.WeightedMean(self.network.spec.n), torch.zeros_like(self.control))
+        this = Round(server.WeightedMean(self.network.spec.n), torch.zeros_like(self.control))
         size = config.execute.cohort
         for start in range(0, len(arrived), size):
             self._cohort(arrived[start : start + size], clients, rows, this)
@@ -151,7 +151,8 @@ class Simulation:
             return rows, rows[:0]
         return personal.set_apart(rows, client, settings.test, self.config.run.seed)
 
-    def _run_clock(self, clients: Integers, rows: list[Integers], wanted: int) -> Course:
+    def _run_clock(self, clients: Integers, rows: list[Integers], wanted: int, number: int) -> Course:
+        """number: separates the random numbers of a client's attempts."""
         settings = self.config.rounds
         examples = [batches.num_examples(len(own), self.config.local) for own in rows]
         return timeline.run(
@@ -165,7 +166,7 @@ class Simulation:
             deadline_s=settings.deadline_s,
             drop_out=self.config.links.drop_out,
             seed=self.config.run.seed,
-            round_number=self.round,
+            round_number=number,
         )
 
     def download_length(self, client: int) -> int:
@@ -176,8 +177,19 @@ class Simulation:
             return self.dense_bytes + control
         return min(self.dense_bytes, self.message_bytes[self.round] - self.message_bytes[seen]) + control
 
-    def _cohort(self, chosen: Integers, clients: Integers, rows: list[Integers], this: _Round) -> None:
-        """Trains the clients at the places `chosen` and adds up what they send."""
+    def _cohort(
+        self,
+        chosen: Integers,
+        clients: Integers,
+        rows: list[Integers],
+        this: Round,
+        starts: Tensor | None = None,
+        discounts: Sequence[float] | None = None,
+    ) -> None:
+        """Trains the clients at the places `chosen` and adds up what they send.
+
+        starts (C, n): where they begin; default: the current model. discounts: of each update in the mean.
+        """
         config = self.config
         numbers = clients[chosen]
         plan = batches.make([rows[i] for i in chosen], numbers, config.local, config.run.seed, self.round)
@@ -187,7 +199,7 @@ class Simulation:
             adversary = Adversary(self.network, config.attack, config.run.seed, self.round, numbers)
         trained = local.EXECUTORS[config.execute.executor](
             self.network,
-            self.shared,
+            self.shared if starts is None else starts,
             plan,
             self.images,
             self.labels,
@@ -196,7 +208,8 @@ class Simulation:
             adversary,
         )
         weights = server.weights_of([len(rows[i]) for i in chosen], config.server)
-        counts, received = self._received(numbers.tolist(), trained.updates, this, weights)
+        shares = list(zip(weights, discounts or [1.0] * len(weights), strict=True))
+        counts, received = self._received(numbers.tolist(), trained.updates, this, shares)
         this.nonfinite += chosen[~counts.numpy()].tolist()
         this.losses += trained.losses[counts].tolist()
         if own is not None:
@@ -206,14 +219,17 @@ class Simulation:
             this.control += change[counts].sum(0)
 
     def _received(
-        self, clients: list[int], updates: Tensor, this: _Round, weights: list[float]
+        self, clients: list[int], updates: Tensor, this: Round, shares: list[tuple[float, float]]
     ) -> tuple[Tensor, Tensor]:
-        """Which updates count (C,) bool, and all as the server reads them (C, n); adds those to the mean."""
+        """Which updates count (C,) bool, and all as the server reads them (C, n).
+
+        Adds those to the mean, each with its share: (weight, discount).
+        """
         settings = self.config.upload
         if self.upload is None or settings is None:
             counts = network.is_finite(updates)
             for i in counts.nonzero().view(-1).tolist():
-                this.mean.add(None, updates[i], weights[i])
+                this.mean.add(None, updates[i], *shares[i])
             return counts, updates
         rule = Rule(momentum=settings.momentum, masking=settings.masking)
         v = self.residuals.read(clients) if settings.residual else torch.zeros_like(updates)
@@ -225,7 +241,7 @@ class Simulation:
             if one is not None:
                 places, values = self.upload.decode(one.message, self.round)
                 received[i, places] = values
-                this.mean.add(places, values, weights[i])
+                this.mean.add(places, values, *shares[i])
         kept = [client for client, one in zip(clients, sent.coded, strict=True) if one is not None]
         if settings.residual:
             self.residuals.write(kept, sent.v[counts])
@@ -233,7 +249,7 @@ class Simulation:
             self.velocities.write(kept, sent.u[counts])
         return counts, received
 
-    def _move(self, this: _Round) -> None:
+    def _move(self, this: Round) -> None:
         """The server's step, and the message with which clients will follow it."""
         sent_bytes = 0
         if this.losses:
@@ -252,7 +268,7 @@ class Simulation:
                 self.shared = self.shared.index_add(0, one.places, one.values, alpha=-1)
         self.message_bytes.append(self.message_bytes[-1] + sent_bytes)
 
-    def _count(self, clients: Integers, course: Course, this: _Round, to_start: int) -> None:
+    def _count(self, clients: Integers, course: Course, this: Round, to_start: int) -> None:
         totals = self.totals
         counted = course.fate == ARRIVED
         counted[this.nonfinite] = False
@@ -271,7 +287,7 @@ class Simulation:
         for client in clients[course.has_model].tolist():
             self.last_seen[client] = self.round
 
-    def _record(self, clients: Integers, course: Course, this: _Round, seconds: float) -> dict[str, Any]:
+    def _record(self, clients: Integers, course: Course, this: Round, seconds: float) -> dict[str, Any]:
         return {
             "event": "round",
             "time": time.time(),
@@ -293,7 +309,14 @@ class Simulation:
             "host_s": seconds,
         }
 
-    def _why_idle(self, num_started: int, course: Course, this: _Round) -> str:
+    def extra_state(self) -> dict[str, Any]:
+        """What other kinds of simulation keep between steps besides."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+
+    def _why_idle(self, num_started: int, course: Course, this: Round) -> str:
         where = f"round {self.round - 1}: no update for {PATIENCE if num_started else NOBODY} rounds in a row"
         if this.nonfinite:
             return f"{where}: all that arrived were not finite; lower local.rate"
