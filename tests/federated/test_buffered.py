@@ -13,6 +13,7 @@ from federated.test_laws import CODED, everything
 from distrobust.errors import ConfigError, DivergedError
 from distrobust.federated import checkpoint, settings
 from distrobust.federated.buffered import Buffered
+from distrobust.federated.timeline import ARRIVED
 
 CLIENTS: dict[str, Any] = {"registered": 30, "per_round": 6, "partition": "dirichlet", "rows": 20}
 SLOW: dict[str, Any] = {"links": {"drop_out": 0.2, "compute_spread": 1.5}, "rounds": {"buffer": 4}}
@@ -52,7 +53,7 @@ def test_updates_are_discounted_by_staleness(tmp_path: Path) -> None:
         starts.setdefault(simulation.round, before)
         record = simulation.step()
         staleness = round(record["staleness"])
-        ended = [job for job in jobs if job not in simulation.jobs and job.fate == 0]
+        ended = [job for job in jobs if job not in simulation.jobs and job.fate == ARRIVED]
         if len(ended) != 1:
             continue
         (job,) = ended
@@ -68,6 +69,44 @@ def test_updates_are_discounted_by_staleness(tmp_path: Path) -> None:
         torch.testing.assert_close(before - simulation.shared, 0.2 * g / (1 + staleness) ** 0.5, rtol=1e-3, atol=1e-6)
         seen.add(staleness)
     assert len(seen) > 2
+
+
+def test_a_client_waits_until_its_update_has_been_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would send from a residual that it has sent from already."""
+    simulation = buffered(tmp_path, clients={**CLIENTS, "registered": 11})
+    cohort, used = simulation._cohort, []
+
+    def listening(chosen: Any, clients: Any, *rest: Any) -> None:
+        used.append(clients[chosen].tolist())
+        cohort(chosen, clients, *rest)
+
+    monkeypatch.setattr(simulation, "_cohort", listening)
+    for _ in range(30):
+        simulation.step()
+    assert all(len(set(clients)) == 4 for clients in used)
+
+
+def test_a_client_has_the_model_that_it_began_with(tmp_path: Path) -> None:
+    simulation = buffered(tmp_path, **CODED)
+    stale = 0
+    for _ in range(20):
+        before = list(simulation.jobs)
+        simulation.step()
+        arrived = [job for job in before if job not in simulation.jobs and job.fate == ARRIVED]
+        for job in (*arrived, *simulation.jobs):
+            assert simulation.last_seen[job.client] == job.version
+        stale += sum(job.version < simulation.round - 1 for job in arrived)
+    assert stale > 3
+
+
+def test_a_client_that_was_lost_may_arrive_when_it_tries_again(tmp_path: Path) -> None:
+    """With 1 client of 2 at work a step needs 2 attempts on average, and 10 in vain are 1 in 1,024."""
+    few = {**CLIENTS, "registered": 2, "per_round": 1}
+    simulation = buffered(tmp_path, clients=few, links={"drop_out": 0.5}, rounds={"buffer": 1})
+    for _ in range(15):
+        simulation.step()
+    assert simulation.totals.updates == 15
+    assert simulation.totals.lost > 4
 
 
 @pytest.mark.parametrize("chosen", [{}, CODED], ids=["dense", "coded"])
