@@ -290,7 +290,11 @@ def report(run: Path) -> None:
 @_SET
 def config(file: Path, overrides: tuple[str, ...]) -> None:
     """Print FILE with every default filled in."""
-    click.echo(configuration.dump(configuration.load(file, overrides)), nl=False)
+    from distrobust.federated import settings
+
+    values = configuration.read(file, overrides)
+    parse = settings.parse if "clients" in values else configuration.parse
+    click.echo(configuration.dump(parse(values, str(file))), nl=False)
 
 
 @commands.group()

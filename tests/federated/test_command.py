@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from federated.conftest import Simulate, made_up
@@ -94,6 +96,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_config_prints_what_simulate_will_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["distrobust", "config", str(FILE), "--set", "clients.alpha=0.25"])
+    cli.main()
+    text = capsys.readouterr().out
+    assert "alpha: 0.25" in text
+    assert "tau: 0.001" in text
+
+
+def test_clients_may_be_the_values_of_a_column(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        table = pq.read_table(digits / f"{split}.parquet")
+        writers = pa.array([f"writer {i % 13}" for i in range(len(table))])
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(table.append_column("writer", writers), tmp_path / f"data/{split}.parquet")
+    more = ("clients.partition=client", "clients.column=writer", "clients.registered=null", "clients.rows=null")
+    given = arguments(tmp_path / "data", tmp_path / "run", *more, "clients.per_round=5", "rounds.number=3")
+    assert run(monkeypatch, *given) == 0
+    assert "13 clients, 5 a round, client; mlp" in capsys.readouterr().out
 
 
 def test_the_directory_of_a_training_run_is_left_alone(
