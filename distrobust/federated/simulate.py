@@ -102,10 +102,14 @@ class Simulation:
         self.dense_bytes = 4 * n
         self.message_bytes = [0]  # of all downloads before round 0, 1, ...
         self.last_seen: dict[int, int] = {}  # the round whose model a client has
-        limit = config.execute.memory_limit_bytes
-        self.residuals = Vectors(n, limit // 2, scratch / "residuals.f32")
-        self.velocities = Vectors(n, limit // 2, scratch / "velocities.f32")
-        self.controls = Vectors(n, limit // 2, scratch / "controls.f32")
+        kept = (
+            config.upload is not None and config.upload.residual,
+            config.upload is not None and config.upload.momentum,
+        )
+        limit = config.execute.memory_limit_bytes // max(1, sum(map(bool, (*kept, config.local.control_variates))))
+        self.residuals = Vectors(n, limit, scratch / "residuals.f32")
+        self.velocities = Vectors(n, limit, scratch / "velocities.f32")
+        self.controls = Vectors(n, limit, scratch / "controls.f32")
         self.control = torch.zeros(n)
         self.round, self.clock_s = 0, 0.0
         self.totals = Totals()
