@@ -265,6 +265,18 @@ def ensemble(
 
 
 @commands.command()
+@_FILE
+@_SET
+def simulate(file: Path, overrides: tuple[str, ...]) -> None:
+    """Run the federated simulation that FILE describes (see launch/federated-digits.yaml)."""
+    from distrobust.federated import settings
+    from distrobust.federated.command import command
+
+    if not command(settings.load(file, overrides), click.echo):
+        sys.exit(130)  # as a shell says of a program ended by Ctrl-C
+
+
+@commands.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write RUN/report.html."""
@@ -278,7 +290,11 @@ def report(run: Path) -> None:
 @_SET
 def config(file: Path, overrides: tuple[str, ...]) -> None:
     """Print FILE with every default filled in."""
-    click.echo(configuration.dump(configuration.load(file, overrides)), nl=False)
+    from distrobust.federated import settings
+
+    values = configuration.read(file, overrides)
+    parse = settings.parse if "clients" in values else configuration.parse
+    click.echo(configuration.dump(parse(values, str(file))), nl=False)
 
 
 @commands.group()

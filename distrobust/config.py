@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -42,6 +42,9 @@ class Section(BaseModel):
     """Base of all sections."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class RunConfig(Section):
@@ -424,6 +427,11 @@ class Config(Section):
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `a.b=c` overrides; raises ConfigError with one line that says what to change."""
+    return parse(read(path, overrides), str(path))
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load` validates: the file's sections as plain values, overrides applied."""
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -436,18 +444,23 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: wanted sections like `data:` at the top, got {type(values).__name__}")
     for override in overrides:
         _override(values, override)
-    return parse(values, str(path))
+    return values
 
 
 def parse(values: Mapping[str, Any], source: str) -> Config:
     """Validates a nested mapping; raises ConfigError naming `source`."""
+    return parse_as(Config, values, source)
+
+
+def parse_as(kind: type[AnySection], values: Mapping[str, Any], source: str) -> AnySection:
+    """`parse` for a configuration of another kind, such as a simulation's."""
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error, values)}") from None
+        raise ConfigError(f"{source}: {_explain(error, values, kind)}") from None
 
 
-def dump(config: Config) -> str:
+def dump(config: Section) -> str:
     """The resolved configuration as YAML; `load` of it gives the same configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -497,7 +510,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[keys[-1]] = value
 
 
-def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
+def _explain(error: ValidationError, values: Mapping[str, Any], kind: type[BaseModel]) -> str:
     """The first problem in one line; a key nobody knows comes first, since it explains a missing one."""
     # of a number or "auto" pydantic reports both alternatives, by names of its own: only the number's is of use
     wanted = [problem for problem in error.errors() if not str(problem["loc"][-1:]).startswith('("literal[')]
@@ -508,7 +521,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
     path = ".".join(place)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        valid = _valid_keys(place[:-1])
+        valid = _valid_keys(place[:-1], kind)
         close = difflib.get_close_matches(place[-1], valid, 1, 0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
         return f"unknown key {path!r}; {hint}{more}"
@@ -521,8 +534,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
     return f"{path or 'configuration'}: {text}{'' if isinstance(got, Mapping) else f', got {got!r}'}{more}"
 
 
-def _valid_keys(place: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
+def _valid_keys(place: list[str], model: type[BaseModel]) -> list[str]:
     for name in place:
         annotation = model.model_fields[name].annotation
         options = [annotation, *get_args(annotation)]

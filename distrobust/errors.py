@@ -8,7 +8,8 @@
     ├── CodecError             a payload that is truncated, corrupted or from another layout
     ├── CommError              another rank is gone, or did something different
     ├── LabError               hosts on a slow link cannot be made here, or a program in one of them failed
-    └── DivergedError          too many non-finite steps in a row, or ranks whose parameters differ
+    └── DivergedError          too many non-finite steps in a row, ranks whose parameters differ, or simulated rounds
+                               in which no client's update counts
 
 Programming errors (a wrong argument type inside the package) stay ordinary Python exceptions.
 """
@@ -47,4 +48,4 @@ class LabError(DistrobustError):
 
 
 class DivergedError(DistrobustError):
-    """Training cannot go on: non-finite gradients step after step, or replicas differ."""
+    """Training cannot go on: non-finite gradients step after step, replicas that differ, rounds without an update."""

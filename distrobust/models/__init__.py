@@ -2,7 +2,7 @@
 
 And one classifier of texts, build_transformer: bytes (B, L) -> logits.
 
-build          a reference network (cnn, resnet9) by name
+build          a reference network (cnn, resnet9, ...) by name
 from_directory a Hugging Face or timm model whose weights lie in a directory; nothing is ever downloaded
 rebuild        the same model again from its description in a model file, without that directory
 load_weights   parameters and buffers by name, all or nothing

@@ -13,7 +13,7 @@ from distrobust.k8s.inside import CONFIG
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 EXAMPLE = ROOT / "launch/digits.yaml"
-LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
+LAUNCH_FILES = sorted(p for p in (ROOT / "launch").glob("*.yaml") if not p.name.startswith("federated-"))
 CASES = [(file, overlay) for file in LAUNCH_FILES for overlay in (None, *overlays.OVERLAYS)]
 NAMES = [f"{file.stem}-{overlay}" for file, overlay in CASES]
 
