@@ -76,3 +76,9 @@ def test_the_readmes_results_are_those_of_the_record() -> None:
     lines = ran.stdout.splitlines()
     assert len(lines) > 4
     assert [line for line in lines if line not in README] == []
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest would import one for both."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
