@@ -219,7 +219,7 @@ def search(file: Path, overrides: tuple[str, ...], generations: int, population:
 @click.option("--data", "data_path", required=True, type=click.Path(path_type=Path), help="Directory of the data set.")
 @click.option("--alphas", default=11, show_default=True, type=click.IntRange(2), help="Mixtures, both ends included.")
 @click.option("--eps", multiple=True, default=["8/255"], show_default=True, help="Repeatable; the first decides.")
-@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option("--norm", type=click.Choice(["linf", "l2", "l1"]), default="linf", show_default=True)
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="PGD steps.")
 @click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Images attacked; 0: all.")
 @click.option(

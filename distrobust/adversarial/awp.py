@@ -1,13 +1,13 @@
 """Adversarial weight perturbation: the loss is trained at the worst weights near by (Wu, Xia and Wang, NeurIPS 2020).
 
-    w' = w + gamma ||w|| g / ||g||,  g = gradient of the loss on x' at w            eq. 8 and 10, one step
+    w' = w + gamma ||w|| g / ||g||,  g = gradient of the loss on x' at w, one step of ascent
 
 for every parameter with two or more dimensions, each by itself; the gradient that trains is taken at w' and applied to
-w. The authors use gamma 5e-3 for TRADES and 1e-2 for PGD-AT.
+w.
 
-Under data parallelism every rank perturbs by its own share of the batch, as the authors' DataParallel does, and as
-sharpness-aware minimisation found to be better than a common one (Foret et al. 2021, section 4.1); nothing is sent for
-it. A weight decay that is added to the gradient meets w', not w: a difference of gamma of it.
+Under data parallelism every rank perturbs by its own share of the batch, as sharpness-aware minimisation does (Foret et
+al. 2021); nothing is sent for it. A weight decay that is added to the gradient meets w', not w: a difference of gamma
+of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A convolution and the relu after it in one call of oneDNN, for attacks on a CPU.
 
-The relu of a large image is bound by memory: a pass of its own over the convolution's result takes as long as the
-convolution itself. oneDNN applies it before the result is written, with the same bits. torch has the call for inference
-(torch.ops.mkldnn) and no derivative of it, which is
+A relu of its own is one more pass over the convolution's result, bound by memory. oneDNN applies it before the result
+is written. torch has the call for inference (torch.ops.mkldnn) and no derivative of it, which is
 
     dL/dx = conv_backward(dL/dy where y > 0)
 

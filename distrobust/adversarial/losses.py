@@ -5,7 +5,7 @@
     TRADES      CE(f(x), y) + beta/B sum KL(softmax f(x) || softmax f(x'))          Zhang et al. 2019, eq. 5
                 x' maximises the KL term from x + 0.001 N(0, 1); beta 6; 10 steps of 0.007 at eps 0.031
     MART        CE(f(x'), y) - mean log(1.0001 - max_{c != y} p'_c)
-                + beta/B sum KL(p || p') (1 - p_y)                                  Wang et al. 2020, eq. 11
+                + beta/B sum KL(p || p') (1 - p_y)                                  Wang et al. 2020
                 p, p' the softmax of f(x), f(x'); beta 5; x' from PGD on the cross-entropy
 
 `forward` is what is trained, the DistributedDataParallel wrapper or the model itself; `model` is the

@@ -6,7 +6,7 @@ With delta = x' - x, per image, Linf | L2 (Madry et al. 2018, section 2.1) | L1 
     ascend          x' + alpha sign(g)                      |  x' + alpha g / ||g||
     random_start    x + U(-eps, eps), clipped               |  x + a uniform point of the ball, clipped
 
-    L1: project     the nearest point of ball and [0, 1] together (Croce and Hein 2021, proposition 2.1)
+    L1: project     the nearest point of ball and [0, 1] together (Croce and Hein 2021)
         ascend      x' + alpha sign(g) / m on the m = 1 % of entries with the largest |g| that have room to move
         random      x + a uniform point of the ball, clipped
 

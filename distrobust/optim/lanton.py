@@ -11,7 +11,7 @@ the learning rate, b1 momentum, b2 beta2; norms and directions in norms.py, H in
 
 A parameter group is a group of the paper: one norm, one a_max. Differences from the paper: weight decay is decoupled
 and goes with the layer's own rate; U V^T by better coefficients; G~ may be measured as in noise.py, and every fourth
-step, with b2^4 (a nuclear norm costs more than a direction: every step, 11 % of the step of a small GPT on a CPU); H of
+step, with b2^4, because a nuclear norm costs more than a direction; H of
 a layer whose gradients are missing stays.
 
 Every rank computes the same update only if its matrix products round the same: the same kind of processor and of torch

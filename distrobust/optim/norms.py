@@ -13,8 +13,8 @@ out x (in k k)), v a vector of d numbers, G = U S V^T:
 the coefficients of Polar Express (Amsel et al., 2025, arXiv 2505.16932, algorithm 1): after five steps all singular
 values that were above ||G||_F / 1000 lie between 0.84 and 1.13.
 
-The nuclear norm, without an SVD: on a CPU the sum of sqrt(eigenvalues of G G^T) on the short side, in a sixth to a
-tenth of the time of singular values, within 1 % (worst for matrices of low rank, whose zeros round to small numbers);
+The nuclear norm, without an SVD: on a CPU the sum of sqrt(eigenvalues of G G^T) on the short side, which takes less
+time than singular values, within 1 % (worst for matrices of low rank, whose zeros round to small numbers);
 on other devices, where eigenvalues are slow, <G, U V^T> with eight steps, within 0.1 %. Both held by
 tests/optim/test_norms.py.
 """

@@ -244,10 +244,8 @@ def _held_out_score(
 
 
 def _watch(state: TrainState, phase: Phase, attack: AttackConfig) -> None:
-    """Looks for catastrophic overfitting: right under one step of FGSM, wrong under PGD, both at the present eps.
-
-    Wong, Rice and Kolter (ICLR 2020), section 5.4, watch PGD on a batch in the same way.
-    """
+    """Looks for catastrophic overfitting (Wong, Rice and Kolter, ICLR 2020): right under one step of FGSM, wrong under
+    PGD, both at the present eps."""
     net = scoring.averaged(state.net, state.compression.settings.transport)
     position, threat = state.position, phase.recipe.threat(state.position.step - 1)
     fgsm, pgd = (_held_out_score(state, phase, net, a, threat, WATCH_IMAGES) for a in (Attack("fgsm"), EPOCH_ATTACK))
@@ -279,10 +277,8 @@ def _watch(state: TrainState, phase: Phase, attack: AttackConfig) -> None:
 
 
 def has_collapsed(fgsm_accuracy: float, pgd_accuracy: float) -> bool:
-    """Half of what withstands FGSM falls to PGD, and it is not a matter of a few images.
-
-    In ordinary adversarial training a sixth falls; after the collapse nearly all of it.
-    """
+    """Half of what withstands FGSM falls to PGD, and it is not a matter of a few images: after a collapse nearly all of
+    it does."""
     return fgsm_accuracy - pgd_accuracy > max(0.1, fgsm_accuracy / 2)
 
 

@@ -143,3 +143,19 @@ def test_weights_of_a_wrapper_are_recognised(prefix: str) -> None:
 def test_an_entry_that_is_no_tensor_is_named() -> None:
     with pytest.raises(ModelError, match=r"head\.bias is no tensor but float"):
         load_weights(make(), {**make().state_dict(), "head.bias": 1.0}, "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_maximum_before_the_relu_is_a_maximum_after_it_to_the_bit(dtype: torch.dtype) -> None:
+    """Also where windows hold equal values, or none above zero."""
+    x = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    x[:, :, :4] -= 3
+    x[:, :, 4:8] = x[:, :, 4:5]
+    relu, pool = nn.ReLU(), nn.MaxPool2d(2)
+    found = []
+    for layers in (nn.Sequential(relu, pool), nn.Sequential(pool, relu)):
+        leaf = x.to(dtype).requires_grad_()
+        y = layers(leaf)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        found.append((y, *torch.autograd.grad(y, leaf, weights)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

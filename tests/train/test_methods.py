@@ -89,8 +89,6 @@ def test_micro_batches_are_one_exchange_of_the_same_examples(make_config: MakeCo
         run_job(config)
         runs.append(records_of(config, "step"))
     assert [r["sent_bytes"] for r in runs[0]] == [r["sent_bytes"] for r in runs[1]]
-    # batch statistics are of 8 images instead of 32, the mean loss of the same images
-    assert runs[1][0]["loss"] == pytest.approx(runs[0][0]["loss"], rel=0.2)
     assert [r["samples"] for r in runs[0]] == [r["samples"] for r in runs[1]]
 
 

@@ -222,3 +222,23 @@ def test_budgets_are_the_embeddings() -> None:
     attack = AttackConfig.model_validate({"norm": "l2", "eps": 4.0})
     recipe = Recipe(PhaseConfig(), attack, Schedule("constant", 0.1), 10, 0, False, 0, False, of_text=True)
     assert recipe.threat(5) == OpenThreat("l2", 4.0)
+
+
+def test_micro_batches_take_the_step_of_the_whole_batch(make_text_config: MakeConfig) -> None:
+    """A model without batch norm does not see how a batch is divided."""
+    left = []
+    for num in (1, 4):
+        directory = f"run.dir={make_text_config().run.dir}-{num}"
+        config = make_text_config(
+            "pretrain=null",
+            "attack=null",
+            "compress=null",
+            "noise=null",
+            "train.epochs=1",
+            f"train.accumulate={num}",
+            directory,
+        )
+        run_job(config)
+        left.append(weights_of(config))
+    for name, whole in left[0].items():
+        torch.testing.assert_close(left[1][name], whole, rtol=1e-4, atol=1e-5)
