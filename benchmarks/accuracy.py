@@ -47,7 +47,18 @@ TASKS: dict[str, tuple[str, Attack | None, float]] = {
     "natural": ("scratch", None, 0.4),
 }
 DGC: dict[str, Any] = {"warmup": 0.2}
-KEPT = ("seed", "clean", "pgd20", "flags", "sent_bytes", "dense_bytes", "density", "train_minutes", "commit")
+KEPT = (
+    "seed",
+    "clean",
+    "pgd20",
+    "flags",
+    "sent_bytes",
+    "dense_bytes",
+    "density",
+    "own_share",
+    "train_minutes",
+    "commit",
+)
 AHEAD: dict[str, Any] = {"step_ahead": True, "masking": False, "final_steps": 1, "final_density": 0.5}
 
 
@@ -125,6 +136,7 @@ def run(cell: dict[str, Any], seed: int, folder: Path, natural: Path) -> dict[st
     attacked = Folded(net, torch.rand(2, *source.shape)) if attack is not None else None
     outer = [torch.zeros_like(p) for p in net.parameters()]  # momentum in the optimizer: the ablation
     losses_seen = []
+    share: float | None = None
     step = 0
     for epoch in range(epochs):
         for images, labels in shard.batches(epoch, GLOBAL_BATCH):
@@ -138,12 +150,21 @@ def run(cell: dict[str, Any], seed: int, folder: Path, natural: Path) -> dict[st
                 nonlocal total
                 total += train_on(net, attacked, images, labels, attack, threat, seed, step, rank, num_workers)
 
+            if step == num_steps // 2 and isinstance(workers, Workers):
+                share = workers.own_share()
             workers.step(backward, schedule.at(progress), outer if not kept else None)
             losses_seen.append(total / num_workers)
             step += 1
     workers.average_buffers()
     net.eval()
-    result = {"cell": cell, "name": name_of(cell), "seed": seed, **workers.bytes(), "loss": losses_seen[-50:]}
+    result = {
+        "cell": cell,
+        "name": name_of(cell),
+        "seed": seed,
+        **workers.bytes(),
+        "loss": losses_seen[-50:],
+        "own_share": share,
+    }
     result["train_minutes"] = (time.perf_counter() - started) / 60
     return {**result, **evaluate(net, folder, seed, robust=attack is not None), "commit": record.COMMIT}
 

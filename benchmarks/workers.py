@@ -125,6 +125,12 @@ class Workers:
                 for memory in compression.residuals.values():
                     memory.v.zero_()
 
+    def own_share(self) -> float | None:
+        """How much of a worker's residual is that of the mean: ||mean v||^2 / mean ||v_i||^2, between 1 / N and 1."""
+        v = torch.stack([torch.cat([memory.v for memory in one.residuals.values()]) for one in self.ranks])
+        kept = float(v.square().sum()) / len(v)
+        return float(v.mean(dim=0).square().sum()) / kept if kept else None
+
     def average_buffers(self) -> None:
         """Batch-norm statistics, averaged over workers, into the model."""
         for buffer, *others in zip(self.net.buffers(), *self.buffers, strict=True):

@@ -276,7 +276,7 @@ class CompressConfig(Section):
     final_density: Density = 1.0
     """Of the last steps."""
     step_ahead: bool = False
-    """Compute each worker's gradient where its own unsent update would have led (step-ahead error feedback)."""
+    """Compute each worker's gradient where its own unsent update will lead (step-ahead error feedback)."""
     values: Literal["fp32", "fp16", "bf16", "int8", "4bit", "2bit", "sign"] = "4bit"
     """On the wire; the rounding error stays in the residual."""
     indices: Literal["elias_fano", "rice"] = "elias_fano"

@@ -78,7 +78,8 @@ class Compression:
             for name, parameter in parameters.items()
         }
         self._fused = {n: self.residuals[n] for n, p in parameters.items() if p.numel() < fuse_below}
-        self.ahead = StepAhead(parameters, self.residuals, rates) if rates is not None else None
+        num_ranks = settings.transport.num_ranks
+        self.ahead = StepAhead(parameters, self.residuals, num_ranks, rates) if rates is not None else None
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scale = scale
         self._pass: _Pass | None = None

@@ -1,4 +1,4 @@
-"""Step-ahead error feedback: gradients are computed where a rank's own unsent update would have led."""
+"""Step-ahead error feedback: gradients are computed where a rank's own unsent update will lead."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def simulated(num_ranks: int) -> dict[str, Tensor]:
     for step in range(STEPS):
         mean = {name: torch.zeros_like(w[name]) for name in names}
         for rank in range(num_ranks):
-            ahead = {name: (w[name] - SGD["lr"] * v[rank][name]).requires_grad_() for name in names}
+            ahead = {name: (w[name] - SGD["lr"] * v[rank][name] / num_ranks).requires_grad_() for name in names}
             x, y = batch(step, rank)
             loss = nn.functional.cross_entropy(torch.func.functional_call(net, ahead, x.double()), y)
             for name, g in zip(names, torch.autograd.grad(loss, list(ahead.values())), strict=True):
@@ -78,7 +78,7 @@ def test_parameters_move_ahead_for_a_training_forward_and_are_back_after_backwar
         loss = nn.functional.cross_entropy(ours.ddp(x), y)
         for name, p in ours.ddp.module.named_parameters():
             v = kept[f"{name}.v"].view_as(p)
-            assert torch.equal(p.detach(), shared[name].add(v, alpha=-SGD["lr"]))
+            assert torch.equal(p.detach(), shared[name].add(v, alpha=-SGD["lr"] / 2))
         assert any(not torch.equal(p, shared[name]) for name, p in ours.ddp.module.named_parameters())
         loss.backward()
         assert same(ours.parameters(), shared)
