@@ -297,6 +297,24 @@ def config(file: Path, overrides: tuple[str, ...]) -> None:
     click.echo(configuration.dump(parse(values, str(file))), nl=False)
 
 
+@commands.command(context_settings={"ignore_unknown_options": True})
+@click.option("--hosts", default=3, show_default=True, type=click.IntRange(1, 64), help="Simulated on this machine.")
+@click.option("--link", default="100mbit", show_default=True, help="Bandwidth between hosts: 10mbit, 1gbit, ...")
+@click.option("--cpus", default=1, show_default=True, type=click.IntRange(1), help="Of each host, as Ray counts them.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def lab(hosts: int, link: str, cpus: int, command: tuple[str, ...]) -> None:
+    """Run COMMAND in a Ray cluster made here: network namespaces joined by a slow link, a Ray node in each.
+
+    In it RAY_ADDRESS is set, and cluster.address is 10.231.0.1:6379. Afterwards every interface's bytes are printed,
+    and nothing stays. Needs root or user namespaces.
+    """
+    from distrobust.cluster import lab as cluster_lab
+
+    code = cluster_lab.command(hosts, link, cpus, command, lambda line: click.echo(line, err=True))
+    if code != 0:
+        sys.exit(code)
+
+
 @commands.group()
 def k8s() -> None:
     """Kubernetes manifests for the KubeRay operator; k8s/README.md says how to use them."""

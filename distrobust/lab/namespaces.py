@@ -85,7 +85,8 @@ def hold_beside(held: Held, own_processes: bool) -> Held:
     if not own_processes:
         return _hold([*user, find_tool("unshare"), "--net"], (*as_root, "--net"))
     options = ["--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    return _hold([*user, find_tool("unshare"), *options], (*as_root, "--net", "--mount", "--pid"))
+    joins = (*as_root, "--net", "--mount", "--pid", f"--wd={os.getcwd()}")  # with --mount it would start in /
+    return _hold([*user, find_tool("unshare"), *options], joins)
 
 
 def _hold(command: list[str], joins: tuple[str, ...]) -> Held:

@@ -31,7 +31,7 @@ from distrobust.metrics import Fanout, Sink, jsonl
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
 from distrobust.optim.schedules import Schedule, batch_factor
-from distrobust.train import checkpoint, loop, scoring, transfer
+from distrobust.train import checkpoint, interface, loop, scoring, transfer
 from distrobust.train.checkpoint import Position
 from distrobust.train.modelfile import (
     Architecture,
@@ -123,6 +123,7 @@ class _Job:
                     "torch": torch.__version__,
                     "python": platform.python_version(),
                 },
+                "interface": os.environ.get(interface.VARIABLES[0]),  # of rank 0; null: gloo's own choice
                 "restarts": self.earlier_starts,
                 "resumed_step": restored.position.step if restored else 0,
                 "resumed_phase": restored.position.phase if restored else None,
