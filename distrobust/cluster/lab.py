@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -35,17 +35,6 @@ _ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
 }
-# a node of its own waits for the head's port and then becomes `ray start`, in the same process
-_JOIN = """
-import os, socket, sys, time
-for attempt in range(240):
-    try:
-        socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5).close()
-        break
-    except OSError:
-        time.sleep(0.25)
-os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
-"""
 
 
 @dataclass(frozen=True)
@@ -59,9 +48,10 @@ class Traffic:
 class RayLab:
     """A lab whose hosts are Ray nodes; number 0 is the head. Made by `ray_lab`."""
 
-    def __init__(self, made: Switch, cpus: int) -> None:
+    def __init__(self, made: Switch, cpus: int, has_jobs: bool) -> None:
         self.switch = made
         self.cpus = cpus
+        self.has_jobs = has_jobs
         self.environment = dict(os.environ)
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._logs: dict[int, IO[bytes]] = {}
@@ -75,12 +65,12 @@ class RayLab:
         """One more host, in which a node starts; its number."""
         number = self.switch.add()
         host = self.switch.hosts[number]
-        options = ["-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={self.cpus}"]
-        options += [f"--node-ip-address={host.address}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={self.cpus}"]
+        ray += [f"--node-ip-address={host.address}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
         if number == HEAD:
-            ray = [sys.executable, *options, "--head", f"--port={PORT}", "--include-dashboard=false"]
+            ray += ["--head", f"--port={PORT}", f"--include-dashboard={str(self.has_jobs).lower()}"]
         else:
-            ray = [sys.executable, "-c", _JOIN, *self.address.split(":"), *options, f"--address={self.address}"]
+            ray += [f"--address={self.address}"]  # waits for the head
         log = tempfile.TemporaryFile()  # noqa: SIM115  closed in remove
         script = 'mkdir -p /tmp/ray && mount -t tmpfs ray /tmp/ray && exec "$@"'
         self._logs[number] = log
@@ -143,11 +133,13 @@ class Command:
 
 
 @contextlib.contextmanager
-def ray_lab(num_hosts: int, link: Link, cpus: int = 1, variables: Mapping[str, str] | None = None) -> Iterator[RayLab]:
-    """A Ray cluster of `num_hosts` nodes of `cpus` CPUs each, until the block is left. LabError where not allowed."""
+def ray_lab(num_hosts: int, link: Link, cpus: int = 1, has_jobs: bool = False) -> Iterator[RayLab]:
+    """A Ray cluster of `num_hosts` nodes of `cpus` CPUs each, until the block is left. LabError where not allowed.
+
+    has_jobs: whether its head takes `ray job submit`, on port 8265.
+    """
     with switch(link, own_processes=True) as made:
-        cluster = RayLab(made, cpus)
-        cluster.environment.update(variables or {})
+        cluster = RayLab(made, cpus, has_jobs)
         cluster.environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         try:
             for _ in range(num_hosts):

@@ -7,21 +7,29 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
-def towards(host: str) -> str | None:
-    """The interface whose address packets to `host` (name or address) leave from; None if there is no telling."""
+def address_towards(host: str) -> str | None:
+    """This host's address that packets to `host` (name or address) leave from; None if there is no telling."""
     try:
         family, _, _, _, place = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(place)  # sends nothing: only asks for the route
-            return _holding(probe.getsockname()[0])
+            address: str = probe.getsockname()[0]
+            return address
     except OSError:
         return None
+
+
+def towards(host: str) -> str | None:
+    """The interface with that address; None if there is no telling."""
+    address = address_towards(host)
+    return None if address is None else _holding(address)
 
 
 def use(interface: str | None, head: str | None) -> None:
@@ -42,3 +50,7 @@ def _holding(address: str) -> str | None:
                 if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]) == address:
                     return name
     return None
+
+
+if __name__ == "__main__":  # for scripts: python -m distrobust.train.interface HOST
+    print(address_towards(sys.argv[1]) or sys.exit(f"{sys.argv[1]}: no route to it, or no such host"))
