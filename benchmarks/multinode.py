@@ -2,10 +2,10 @@
 
     python benchmarks/multinode.py --data DIR [--links 100mbit 10mbit] [--epochs 2]
 
-A natural model of launch/cifar10.yaml is trained once, on this machine. Then, on every link, two runs fine-tune it from
-the same file through `distrobust train --set cluster.address=...` in a lab of three hosts with a Ray node in each: dense,
-and with the file's compression. Only the first link's runs go to their end and are evaluated, the others' take
---steps steps. Bytes are those of every host's interface, packet headers and Ray's own traffic included, between two
+A natural model of launch/cifar10.yaml is trained once, on this machine. Then, on every link, two runs fine-tune it
+through `distrobust train --set cluster.address=...` in a lab of three hosts with a Ray node in each: dense, and with
+the file's compression. Only the first link's runs go to their end and are evaluated, the others' take --steps steps.
+Bytes are those of every host's interface, packet headers and Ray's own traffic included, between two
 records of the training phase; data and checkpoints are on this machine's disk and cross no link. All three hosts share
 this machine's cores, so the time of computation is not that of three machines; what the link adds is.
 """
@@ -84,7 +84,7 @@ def main() -> None:
 
 def pretrain(directory: Path, overrides: list[str], wanted: Path) -> None:
     """Two workers without a lab, until the natural model is there; its fine-tuning is stopped at the first record."""
-    with train([], directory, [*overrides, "cluster.launcher=torchrun"]) as process:
+    with train([], directory, [*overrides, "cluster.launcher=torchrun", "train.batch_size=256"]) as process:
         while not wanted.exists() and process.poll() is None:
             time.sleep(0.5)
         (directory / "stop").touch()
@@ -105,11 +105,8 @@ def train(enter: list[str], directory: Path, overrides: list[str]) -> Iterator[s
 
 def run(cluster: RayLab, directory: Path, overrides: list[str], num_steps: int | None) -> dict[str, Any]:
     """One run in the lab; ended by a stop request after `num_steps`, if given."""
-    options = [
-        part
-        for o in [*overrides, f"run.dir={directory}", f"cluster.address={cluster.address}"]
-        for part in ("--set", o)
-    ]
+    overrides = [*overrides, f"run.dir={directory}", f"cluster.address={cluster.address}"]
+    options = [part for override in overrides for part in ("--set", override)]
     command = cluster.start([sys.executable, "-m", "distrobust", "train", str(FILE), *options])
     marks: list[tuple[int, dict[int, Traffic]]] = []  # step of a record -> every interface's counters when it came
     while command.process.poll() is None:
