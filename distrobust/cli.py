@@ -61,10 +61,11 @@ def commands() -> None:
 @click.option("--launcher", type=click.Choice(["ray", "torchrun", "local"]), help="Short for cluster.launcher.")
 def train(file: Path, overrides: tuple[str, ...], launcher: str | None) -> None:
     """Run, or continue, the job that FILE describes (see launch/)."""
-    from distrobust.train import launch
+    from distrobust.train import faults, launch
 
     arguments = [*overrides, *([f"cluster.launcher={launcher}"] if launcher else [])]
     config = configuration.absolute(configuration.load(file, arguments))
+    faults.check_allowed(config.faults)
     directory = RunDirectory(config.run.dir)
     if launch.is_torchrun():
         first = os.environ["RANK"] == "0"

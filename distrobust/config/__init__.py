@@ -16,7 +16,19 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from distrobust.config.cluster import ClusterConfig
-from distrobust.config.section import AsFraction, Budget, Count, Density, Multiplier, Positive, Quantity, Section, Share
+from distrobust.config.faults import FaultConfig
+from distrobust.config.section import (
+    AsFraction,
+    Budget,
+    Count,
+    Density,
+    Multiplier,
+    Positive,
+    Quantity,
+    Seconds,
+    Section,
+    Share,
+)
 from distrobust.errors import ConfigError
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -298,6 +310,15 @@ class CheckpointConfig(Section):
     """Steps, besides the end of each epoch; null: only there."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; never fewer than two, so that one survives a crash during the next."""
+    retries: Annotated[int, Field(ge=0, le=16)] = 3
+    """Further attempts at a file that could not be written; if they fail too, training goes on without it."""
+    backoff_s: Seconds = 1.0
+    """Before the first further attempt; twice as long before each one after it."""
+
+    @property
+    def longest_wait_s(self) -> float:
+        """What all retries of a file may wait."""
+        return self.backoff_s * ((1 << self.retries) - 1)
 
 
 class KubernetesConfig(Section):
@@ -345,6 +366,8 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    faults: tuple[FaultConfig, ...] = ()
+    """Injected into the run, for tests of it; refused without DISTROBUST_FAULTS=allow in the environment."""
     kubernetes: KubernetesConfig = KubernetesConfig()
     """For `distrobust k8s render`; without effect on a run."""
 
@@ -370,6 +393,16 @@ class Config(Section):
         given = [name for name, is_given in of_images.items() if is_given]
         if given:
             raise ValueError(f"model.name {self.model.name} reads texts, and {given[0]} is for images; leave it out")
+
+    @model_validator(mode="after")
+    def _retries_end_in_time(self) -> Config:
+        wait, timeout = self.checkpoint.longest_wait_s, self.cluster.timeout_s
+        if wait >= timeout:
+            raise ValueError(
+                f"checkpoint.retries and backoff_s add up to {wait:g} s, while other ranks wait no longer than "
+                f"cluster.timeout_s ({timeout:g} s); lower one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_can_be_shared(self) -> Config:
