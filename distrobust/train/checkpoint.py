@@ -144,8 +144,8 @@ class Loaded:
 def load(root: Path, transport: Transport) -> Loaded | None:
     """Called by every rank. The newest checkpoint that is whole on all ranks, or None.
 
-    A damaged one is named in the notices and the log, and the one before is taken. Raises CheckpointError if there are checkpoints but
-    none is usable.
+    A damaged one is named in the notices and the log, and the one before is taken. Raises CheckpointError if there
+    are checkpoints but none is usable.
     """
     candidates = sorted((p for p in root.glob("[0-9]-*") if p.is_dir()), reverse=True) if root.exists() else []
     damaged: list[Path] = []
