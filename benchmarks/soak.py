@@ -67,7 +67,7 @@ class Soak:
         return [r for r in jsonl.read(path) if r["event"] == event] if path.exists() else []
 
     def wait_for_step_after(self, since: float) -> float:
-        """Seconds from `since` to the next record of a step; starts the driver again if it gave up, as job managers do."""
+        """Seconds from `since` to the next record of a step; starts a driver that gave up again, as job managers do."""
         while not any(r["time"] > since for r in self.records("step")[-1:]):
             if time.time() - since > LIMIT_S:
                 sys.exit(f"no step for {LIMIT_S:.0f} s after {self.events[-1:]}; see {self.job.parent}")

@@ -19,6 +19,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -154,8 +155,8 @@ def load(root: Path, transport: Transport) -> Loaded | None:
         content, problem = None, ""
         try:
             content = _read(directory, transport)
-        except (OSError, ValueError, KeyError) as error:
-            problem = str(error)
+        except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            problem = " ".join(str(error).split())[:200]
         whole = torch.tensor([content is not None], dtype=torch.uint8)
         if bool(transport.gather_rows(whole).all()):
             if transport.rank == 0:
