@@ -39,7 +39,7 @@ LIMIT_S = 240.0  # without a step, whatever happened: more is a hang
 PLANNED = ("kill_in_forward", "kill_in_hook", "kill_in_checkpoint", "hang", "disk_full", "upload_fails")
 OF_STORAGE = ("disk_full", "upload_fails")
 OUTSIDE = ("cut", "replace a node", "kill the head", "damage a checkpoint")
-PACE_S = 0.12
+PACE_S = 0.5  # a step takes at least that long, or the run would be over before the faults
 
 
 class Soak:
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=21.0, help="of faults from outside")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--planned", type=int, default=8, help="faults at a rank and step")
     parser.add_argument("--work", type=Path, default=Path("runs/soak"))
     arguments = parser.parse_args()
@@ -185,7 +185,7 @@ def plan(draw: random.Random, number: int, num_steps: int) -> list[dict[str, Any
         }
         for kind, step in zip(kinds, places, strict=True)
     ]
-    return [*faults, {"kind": "slow", "rank": 0, "step": 0, "seconds": PACE_S, "times": 1_000_000}]
+    return [*faults, {"kind": "slow", "rank": 0, "step": 0, "seconds": PACE_S, "times": num_steps * 24 // 25}]
 
 
 def write_job(work: Path, epochs: int, planned: list[dict[str, Any]]) -> Path:

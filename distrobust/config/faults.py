@@ -29,6 +29,6 @@ class FaultConfig(Section):
     phase: Literal["pretrain", "train"] = "train"
     """In which phase."""
     times: Count = 1
-    """disk_full, upload_fails: attempts to write that fail; slow: steps."""
+    """disk_full, upload_fails: attempts to write that fail; slow: steps, also those done again after a restart."""
     seconds: Seconds = 1.0
     """slow only."""

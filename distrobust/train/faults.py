@@ -1,4 +1,4 @@
-"""Faults injected at a named rank and step, each once in the life of a run directory.
+"""Faults injected at a named rank and step, each once in the life of a run directory; a slow rank is slow again.
 
 Configured by `faults` and refused unless the environment of the command that starts the run has
 DISTROBUST_FAULTS=allow, so that a configuration file alone breaks nothing. A run without faults has no `Faults` and
@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ class Faults:
         """Arms what is due at the state's position."""
         for number, fault in list(self._planned.items()):
             position = state.position
+            if fault.kind == "slow":
+                if fault.phase == position.phase and fault.step <= position.step < fault.step + fault.times:
+                    _in_next_forward(state, partial(time.sleep, fault.seconds))
+                continue
             late = position.step > fault.step and fault.kind in _OF_CHECKPOINTS
             if fault.phase == position.phase and (position.step == fault.step or late):
                 del self._planned[number]
@@ -86,8 +91,7 @@ class Faults:
                 bits = next(state.net.parameters()).detach().view(-1).view(torch.int32)
                 bits[0] ^= 1 << 20
         else:
-            effect = {"kill_in_forward": _kill, "hang": _hang}.get(fault.kind, lambda: time.sleep(fault.seconds))
-            _in_forward(state, effect, fault.times)
+            _in_next_forward(state, _kill if fault.kind == "kill_in_forward" else _hang)
 
 
 def _kill() -> None:
@@ -99,15 +103,11 @@ def _hang() -> None:
         time.sleep(3600)
 
 
-def _in_forward(state: TrainState, effect: Callable[[], None], times: int) -> None:
-    """In the passes through the wrapper only: attacks go past it."""
-    left = times
+def _in_next_forward(state: TrainState, effect: Callable[[], None]) -> None:
+    """In the next pass through the wrapper: attacks go past it."""
 
     def strike(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            handle.remove()
+        handle.remove()
         effect()
 
     handle = state.ddp.register_forward_pre_hook(strike)
