@@ -1,13 +1,13 @@
 """What does compression bring the main job on a Ray cluster of three hosts at 100 Mbit/s?
 
-    python benchmarks/multinode.py --data DIR [--links 100mbit 10mbit] [--epochs 2]
+    python benchmarks/multinode.py --data DIR [--links 100mbit 10mbit] [--epochs 1] [--rounds 2]
 
-A natural model of launch/cifar10.yaml is trained once, on this machine. Then, on every link, two runs fine-tune it
-through `distrobust train --set cluster.address=...` in a lab of three hosts with a Ray node in each: dense, and with
-the file's compression. Only the first link's runs go to their end and are evaluated, the others' take --steps steps.
-Bytes are those of every host's interface, packet headers and Ray's own traffic included, between two
-records of the training phase; data and checkpoints are on this machine's disk and cross no link. All three hosts share
-this machine's cores, so the time of computation is not that of three machines; what the link adds is.
+A natural model of launch/cifar10.yaml is trained once, on this machine. Then two runs fine-tune it through `distrobust
+train --set cluster.address=...` in a lab of three hosts with a Ray node in each: dense, and with the file's
+compression. For accuracy both go to their end on the first link. For time they take turns on every link, --rounds
+times, --steps steps each. Bytes are those of every host's interface, packet headers and Ray's own traffic included,
+between two records of the training phase; data and checkpoints are on this machine's disk and cross no link. All three
+hosts share this machine's cores, so the time of computation is not that of three machines; what the link adds is.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory with train.parquet and test.parquet")
     parser.add_argument("--links", nargs="+", default=["100mbit", "10mbit"])
-    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning")
+    parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
     parser.add_argument("--pretrain-epochs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="on all links but the first")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40, help="of a run for time")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-multinode"))
     arguments = parser.parse_args()
     work = arguments.work.absolute()
@@ -52,19 +53,13 @@ def main() -> None:
     if not natural.exists():
         pretrain(work / "natural", [*common, f"pretrain.epochs={arguments.pretrain_epochs}"], natural)
     common += ["pretrain=null", f"model.weights={natural}", f"cluster.workers={HOSTS}"]
-    runs: dict[str, dict[str, Any]] = {}
-    for link in arguments.links:
-        steps = None if link == arguments.links[0] else arguments.steps
-        with ray_lab(HOSTS, parse_link(link)) as cluster:
-            runs[link] = {
-                name: run(cluster, work / f"{link}-{name}", [*common, *overrides], steps)
-                for name, overrides in (("dense", ["compress=null"]), ("compressed", []))
-            }
-            runs[link]["ray alone, bytes a second"] = idle(cluster)
-    for link, both in runs.items():
-        for name in ("dense", "compressed"):
-            one = both[name]
-            print(f"{link:>8} {name:<11} {one['median_step_s']:.3f} s a step", one["wire_bytes_a_step"])
+    ways = {"dense": ["compress=null"], "compressed": []}
+    first = arguments.links[0]
+    accuracy = {name: whole(first, work / f"{first}-{name}", [*common, *ways[name]]) for name in ways}
+    links = {link: taking_turns(link, work / link, common, ways, arguments) for link in arguments.links}
+    for link, one in links.items():
+        for name in ways:
+            print(f"{link:>8} {name:<11} {one[name]['median_step_s']:.3f} s a step", one[name]["runs"][0]["wire"])
     config = configuration.load(FILE, [f"data.path={arguments.data.name}", *COMMON])
     print(
         record.write(
@@ -76,7 +71,8 @@ def main() -> None:
                 "epochs": arguments.epochs,
                 "seeds": [config.run.seed],
                 "configuration": config.model_dump(mode="json", exclude={"kubernetes"}),
-                "runs": runs,
+                "accuracy": accuracy,
+                "links": links,
             },
         )
     )
@@ -103,8 +99,43 @@ def train(enter: list[str], directory: Path, overrides: list[str]) -> Iterator[s
         process.wait()
 
 
+def whole(link: str, directory: Path, overrides: list[str]) -> dict[str, Any]:
+    """A run to its end, unless it is there already; what it sent and how accurate its model is."""
+    if not records(directory, "done"):
+        with ray_lab(HOSTS, parse_link(link)) as cluster:
+            run(cluster, directory, overrides, None)
+        (directory / "commit").write_text(record.COMMIT)
+    last = records(directory, "step")[-1]
+    keys = ("model", "attack", "accuracy", "low", "high", "samples", "seed", "flags")
+    return {
+        "commit": (directory / "commit").read_text().strip(),
+        "steps": last["step"],
+        "transport_sent_bytes": last["sent_bytes"],
+        "transport_dense_bytes": last["dense_bytes"],
+        "scores": [{key: r[key] for key in keys} for r in records(directory, "evaluation")],
+    }
+
+
+def taking_turns(
+    link: str, place: Path, common: list[str], ways: dict[str, list[str]], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Short runs on one link, dense and compressed in turn; the median over all steps of a way."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    with ray_lab(HOSTS, parse_link(link)) as cluster:
+        for number in range(arguments.rounds):
+            for name, overrides in ways.items():
+                directory = place.with_name(f"{link}-{name}-{number}")
+                runs[name].append(run(cluster, directory, [*common, *overrides], arguments.steps))
+        alone = idle(cluster)
+    result: dict[str, Any] = {"ray alone, bytes a second": alone}
+    for name, some in runs.items():
+        seconds = [s for one in some for s in one["step_s"]]
+        result[name] = {"median_step_s": statistics.median(seconds), "least_step_s": min(seconds), "runs": some}
+    return result
+
+
 def run(cluster: RayLab, directory: Path, overrides: list[str], num_steps: int | None) -> dict[str, Any]:
-    """One run in the lab; ended by a stop request after `num_steps`, if given."""
+    """One run in the lab; ended by a stop request after `num_steps`, if given. Steps are means over EVERY of them."""
     overrides = [*overrides, f"run.dir={directory}", f"cluster.address={cluster.address}"]
     options = [part for override in overrides for part in ("--set", override)]
     command = cluster.start([sys.executable, "-m", "distrobust", "train", str(FILE), *options])
@@ -122,25 +153,21 @@ def run(cluster: RayLab, directory: Path, overrides: list[str], num_steps: int |
     (first, before), (last, after) = marks[0], marks[-1]
     start = records(directory, "run")[-1]
     return {
-        "median_step_s": statistics.median(step["step_s"] for step in steps[1:]),
-        "steps": steps[-1]["step"],
+        "step_s": [step["step_s"] for step in steps[1:]],
+        "load_average": os.getloadavg()[0],
         "num_parameters": start["num_parameters"],
         "interface": start["interface"],
-        "wire_bytes_a_step": {
+        "wire": {
             f"host {host}": {
-                "sent": (after[host].sent.bytes - before[host].sent.bytes) / (last - first),
-                "received": (after[host].received.bytes - before[host].received.bytes) / (last - first),
+                "sent_bytes_a_step": (after[host].sent.bytes - before[host].sent.bytes) / (last - first),
+                "received_bytes_a_step": (after[host].received.bytes - before[host].received.bytes) / (last - first),
             }
             for host in after
         },
-        "wire_bytes_measured_over_steps": [first, last],
+        "wire_measured_over_steps": [first, last],
+        "density": steps[-1]["density"],
         "transport_sent_bytes": steps[-1]["sent_bytes"],
         "transport_dense_bytes": steps[-1]["dense_bytes"],
-        "density": steps[len(steps) // 2]["density"],
-        "scores": [
-            {key: r[key] for key in ("model", "attack", "accuracy", "low", "high", "samples", "seed", "flags")}
-            for r in records(directory, "evaluation")
-        ],
     }
 
 
