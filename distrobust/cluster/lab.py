@@ -20,7 +20,7 @@ from typing import IO
 
 from distrobust.errors import LabError
 from distrobust.lab.counters import Wire, wire_sent
-from distrobust.lab.hosts import INTERFACE, Switch, switch
+from distrobust.lab.hosts import INTERFACE, Switch, address_of, switch
 from distrobust.lab.link import Link, parse_link
 
 PORT = 6379
@@ -56,11 +56,12 @@ class RayLab:
         self.environment = dict(os.environ)
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._logs: dict[int, IO[bytes]] = {}
+        self._commands: list[subprocess.Popen[bytes]] = []
 
     @property
     def address(self) -> str:
         """Of Ray's head: what cluster.address takes."""
-        return f"{self.switch.hosts[HEAD].address if HEAD in self.switch.hosts else '10.231.0.1'}:{PORT}"
+        return f"{address_of(HEAD)}:{PORT}"
 
     def add(self) -> int:
         """One more host, in which a node starts; its number."""
@@ -86,10 +87,13 @@ class RayLab:
         return number
 
     def remove(self, number: int) -> None:
-        """Ends a host as if its power failed."""
+        """Ends a host as if its power failed; the head's takes all commands with it."""
         self.switch.remove(number)
         self._nodes.pop(number).wait()
         self._logs.pop(number).close()
+        if number == HEAD:
+            for process in self._commands:
+                process.wait()
 
     def start(self, command: Sequence[str], own_session: bool = True, **files: int | IO[bytes]) -> Command:
         """A command in the head's host, where RAY_ADDRESS is set."""
@@ -100,6 +104,7 @@ class RayLab:
             env=variables,
             **files,  # type: ignore[call-overload]
         )
+        self._commands.append(process)
         return Command(process)
 
     def traffic(self) -> dict[int, Traffic]:

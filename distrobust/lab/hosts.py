@@ -25,6 +25,11 @@ INTERFACE = "lab0"  # a name no real interface has, so nothing can pick the wron
 MAX_HOSTS = 64
 
 
+def address_of(number: int) -> str:
+    """Of the host with that number."""
+    return f"10.231.0.{number + 1}"
+
+
 @dataclass(frozen=True)
 class Host:
     """Where one rank runs: the command that enters it, its address, its interface."""
@@ -62,7 +67,7 @@ class Switch:
             raise LabError(f"lab: {MAX_HOSTS} hosts were made already, which is the most a lab can have")
         self._num_made += 1
         held = hold_beside(self._held, self._own_processes)
-        address = f"10.231.0.{number + 1}"
+        address = address_of(number)
         self._hosts[number] = (Host(held.enter, address, INTERFACE, shaped=True), held)
         shape = f"tbf rate {self.link.bits_per_s:.0f}bit burst {self.link.burst_bytes} latency 50ms"
         self._held.run(

@@ -84,7 +84,7 @@ def test_a_run_goes_on_with_fewer_workers_and_takes_in_new_ones(tmp_path: Path) 
     """A node fails for good, another one comes; two tenths of a second a step leave the time for both."""
     paced = [{"kind": "slow", "rank": 0, "step": 0, "seconds": 0.2, "times": 100_000}]
     cluster_section = {"min_workers": 2, "resize_every_s": 5.0, "slow_ratio": None}
-    job = jobs.write_job(tmp_path, faults=paced, cluster=cluster_section, train={"epochs": 24})
+    job = jobs.write_job(tmp_path, faults=paced, cluster=cluster_section, train={"epochs": 48})
     run = tmp_path / "run"
     with _three_nodes() as cluster:
         command = jobs.start(cluster, job)
@@ -101,7 +101,7 @@ def test_a_run_goes_on_with_fewer_workers_and_takes_in_new_ones(tmp_path: Path) 
     assert sizes[0] == sizes[-1] == 3
     assert 2 in sizes
     assert starts[1]["resumed_step"] >= 4
-    assert jobs.records(run, "step")[-1]["step"] == 192
+    assert jobs.records(run, "step")[-1]["step"] == 384
     assert not jobs.records(run, "diverged")
     whole = jobs.uninterrupted(job, tmp_path / "whole")
     ends = [[r["loss"] for r in jobs.records(one, "step")][-40:] for one in (run, whole)]
