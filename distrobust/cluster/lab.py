@@ -131,11 +131,12 @@ class Command:
         self.process = process
 
     def signal(self, number: int) -> None:
-        """Sends it to the process inside: nsenter would end alone."""
-        pid = self.process.pid
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-                os.kill(int(child), number)
+        """Sends it to all processes of the command, as a terminal does; but not to nsenter, which would end before."""
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                pid, group = int(status.parent.name), int(status.read_text().rpartition(")")[2].split()[2])
+                if group == self.process.pid != pid:
+                    os.kill(pid, number)
 
 
 @contextlib.contextmanager

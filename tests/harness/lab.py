@@ -25,7 +25,7 @@ def write_job(directory: Path, **sections: dict[str, Any] | list[dict[str, Any]]
     """Three workers: 16 steps of fine-tuning, a checkpoint after every second one; its run is directory/run."""
     values: dict[str, Any] = {
         "run": {"dir": str(directory / "run")},
-        "cluster": {"workers": 3, "timeout_s": TIMEOUT_S, "max_failures": 6},
+        "cluster": {"workers": 3, "timeout_s": TIMEOUT_S, "max_failures": 6, "start_timeout_s": 180},
         "data": {"path": str(write_stripes(directory / "data", num_train=480)), "held_out": 0.2},
         "model": {"name": "cnn"},
         "train": {"epochs": 2, "batch_size": 48},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayLab]:
-    with ray_lab(3, Link(1e9), has_jobs=True) as made:
+    with ray_lab(3, Link(1e9)) as made:
         made.environment.update(ENVIRONMENT)
         yield made
 
@@ -47,6 +48,12 @@ def _namespaces() -> set[str]:
         except OSError:
             continue
     return found
+
+
+def _answers(cluster: RayLab, port: int) -> bool:
+    assert cluster.trouble() is None, cluster.trouble()
+    probe = f"exec 3<>/dev/tcp/{cluster.switch.hosts[0].address}/{port}"
+    return cluster.start(["bash", "-c", probe], stderr=subprocess.DEVNULL).process.wait() == 0
 
 
 def _launch(cluster: RayLab, *command: str) -> tuple[int, str]:
@@ -64,9 +71,13 @@ def test_cluster_joins_by_address_and_every_worker_finds_its_interface(cluster: 
     assert all(one.sent.bytes > 1e5 for one in cluster.traffic().values())
 
 
-def test_cluster_submits_a_job_and_follows_it(cluster: RayLab, tmp_path: Path) -> None:
-    address = f"http://{cluster.switch.hosts[0].address}:8265"
-    code, output = _launch(cluster, "cluster", address, str(jobs.write_job(tmp_path)))
+@pytest.mark.skipif(find_spec("aiohttp_cors") is None, reason="needs ray[default]: pip install 'distrobust[cluster]'")
+def test_cluster_submits_a_job_and_follows_it(tmp_path: Path) -> None:
+    with ray_lab(3, Link(1e9), has_jobs=True) as cluster:
+        cluster.environment.update(ENVIRONMENT)
+        jobs.wait_for(lambda: _answers(cluster, 8265), "the job server")
+        address = f"http://{cluster.switch.hosts[0].address}:8265"
+        code, output = _launch(cluster, "cluster", address, str(jobs.write_job(tmp_path)))
     assert code == 0, output
     assert "succeeded" in output
     (start,) = jobs.records(tmp_path / "run", "run")
