@@ -60,7 +60,7 @@ def main() -> None:
     for link, one in links.items():
         for name in ways:
             print(f"{link:>8} {name:<11} {one[name]['median_step_s']:.3f} s a step", one[name]["runs"][0]["wire"])
-    config = configuration.load(FILE, [f"data.path={arguments.data.name}", *COMMON])
+    config = configuration.load(FILE, [f"data.path={arguments.data.name}", f"cluster.workers={HOSTS}", *COMMON])
     print(
         record.write(
             "multinode",
