@@ -52,5 +52,14 @@ def _holding(address: str) -> str | None:
     return None
 
 
-if __name__ == "__main__":  # for scripts: python -m distrobust.train.interface HOST
-    print(address_towards(sys.argv[1]) or sys.exit(f"{sys.argv[1]}: no route to it, or no such host"))
+def is_here(host: str) -> bool:
+    """Whether `host` is this machine: packets to it would leave from the very address they go to."""
+    try:
+        return address_towards(host) == socket.gethostbyname(host)
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":  # for scripts: python -m distrobust.train.interface HOST -> "ADDRESS true", if it is here
+    own = address_towards(sys.argv[1]) or sys.exit(f"{sys.argv[1]}: no route to it, or no such host")
+    print(own, str(is_here(sys.argv[1])).lower())
