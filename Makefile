@@ -18,11 +18,14 @@ test: $(VENV)/test.done ## install what the tests need, check style and types, r
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (procs or ray)" --numprocesses auto
-	$(BIN)/python -m pytest -m "procs or ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (procs or ray or lab)" --numprocesses auto
+	$(BIN)/python -m pytest -m "(procs or ray) and not lab"
 
 slow: $(VENV)/test.done ## the tests that need data or minutes; DISTROBUST_CIFAR10=DIR for those on CIFAR-10
 	$(BIN)/python -m pytest -m "slow or gpu"
+
+lab: $(VENV)/test.done ## launchers and faults on simulated hosts: three Ray nodes on this machine; root or user namespaces
+	$(BIN)/python -m pytest -m lab
 
 clean: ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -41,4 +44,4 @@ $(VENV)/test.done: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-.PHONY: help demo test slow clean
+.PHONY: help demo test slow lab clean

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import record
 
-from distrobust.bench import crossing, lab
+from distrobust.bench import crossing
+from distrobust.lab import hosts as lab
 
 
 def main() -> None:

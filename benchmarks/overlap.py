@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distrobust
-from distrobust.bench import lab, launch
-from distrobust.bench.link import parse_link
+from distrobust.bench import launch
 from distrobust.bench.methods import floor
 from distrobust.bench.rank import process_group
 from distrobust.comm.transport import Transport
+from distrobust.lab import hosts as lab
+from distrobust.lab.link import parse_link
 
 WIDTH, LAYERS, HEADS, LENGTH, BATCH, VOCABULARY = 512, 8, 8, 64, 4, 256
 WARM = 8

@@ -22,10 +22,11 @@ import torch.distributed as dist
 from training_speed import build
 
 from distrobust import config as configuration
-from distrobust.bench import lab, launch
-from distrobust.bench.link import parse_link
+from distrobust.bench import launch
 from distrobust.bench.rank import process_group
 from distrobust.comm.transport import Transport
+from distrobust.lab import hosts as lab
+from distrobust.lab.link import parse_link
 from distrobust.optim.schedules import Schedule
 from distrobust.train.checkpoint import Position
 from distrobust.train.state import make_state

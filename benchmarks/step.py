@@ -13,9 +13,10 @@ import sys
 
 import record
 
-from distrobust.bench import comparison, lab
-from distrobust.bench.link import parse_link
+from distrobust.bench import comparison
 from distrobust.bench.methods import Method, percent, standard
+from distrobust.lab import hosts as lab
+from distrobust.lab.link import parse_link
 
 
 def peers(densities: list[float]) -> list[Method]:

@@ -61,10 +61,11 @@ def commands() -> None:
 @click.option("--launcher", type=click.Choice(["ray", "torchrun", "local"]), help="Short for cluster.launcher.")
 def train(file: Path, overrides: tuple[str, ...], launcher: str | None) -> None:
     """Run, or continue, the job that FILE describes (see launch/)."""
-    from distrobust.train import launch
+    from distrobust.train import faults, launch
 
     arguments = [*overrides, *([f"cluster.launcher={launcher}"] if launcher else [])]
     config = configuration.absolute(configuration.load(file, arguments))
+    faults.check_allowed(config.faults)
     directory = RunDirectory(config.run.dir)
     if launch.is_torchrun():
         first = os.environ["RANK"] == "0"
@@ -295,6 +296,24 @@ def config(file: Path, overrides: tuple[str, ...]) -> None:
     values = configuration.read(file, overrides)
     parse = settings.parse if "clients" in values else configuration.parse
     click.echo(configuration.dump(parse(values, str(file))), nl=False)
+
+
+@commands.command(context_settings={"ignore_unknown_options": True})
+@click.option("--hosts", default=3, show_default=True, type=click.IntRange(1, 64), help="Simulated on this machine.")
+@click.option("--link", default="100mbit", show_default=True, help="Bandwidth between hosts: 10mbit, 1gbit, ...")
+@click.option("--cpus", default=1, show_default=True, type=click.IntRange(1), help="Of each host, as Ray counts them.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def lab(hosts: int, link: str, cpus: int, command: tuple[str, ...]) -> None:
+    """Run COMMAND in a Ray cluster made here: network namespaces joined by a slow link, a Ray node in each.
+
+    In it RAY_ADDRESS is set, and cluster.address is 10.231.0.1:6379. Afterwards every interface's bytes are printed,
+    and nothing stays. Needs root or user namespaces.
+    """
+    from distrobust.cluster import lab as cluster_lab
+
+    code = cluster_lab.command(hosts, link, cpus, command, lambda line: click.echo(line, err=True))
+    if code != 0:
+        sys.exit(code)
 
 
 @commands.group()

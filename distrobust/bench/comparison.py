@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrobust.bench import lab, launch
-from distrobust.bench.link import HEADER_BYTES, Link, parse_link
+from distrobust.bench import launch
 from distrobust.bench.methods import DENSE, FLOOR, Method, parse_densities, standard
 from distrobust.bench.shapes import NUM_PARAMETERS, NUM_TENSORS
 from distrobust.errors import ConfigError, LabError
+from distrobust.lab import hosts as lab
+from distrobust.lab.link import HEADER_BYTES, Link, parse_link
 
 MAX_STEPS = 10_000
 _TRIAL_S = 120.0

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from distrobust.bench import crossover, crossover_plot, lab, validation
+from distrobust.bench import crossover, crossover_plot, validation
 from distrobust.bench.crossover import Network
-from distrobust.bench.link import parse_latency, parse_link
 from distrobust.bench.methods import parse_densities
 from distrobust.bench.validation import Point
 from distrobust.errors import ConfigError
+from distrobust.lab import hosts as lab
+from distrobust.lab.link import parse_latency, parse_link
 
 LAB_HOSTS = (2, 8)  # smallest and largest number of hosts that are worth simulating
 

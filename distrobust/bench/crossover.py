@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distrobust.bench import cost, lab, launch
+from distrobust.bench import cost, launch
 from distrobust.bench.cost import Cost, Local
-from distrobust.bench.link import GOODPUT
 from distrobust.bench.methods import DENSE, FP16, SETTLED, Method, percent
 from distrobust.bench.shapes import NUM_PARAMETERS
+from distrobust.lab import hosts as lab
+from distrobust.lab.link import GOODPUT
 
 WORKERS = tuple(2**power for power in range(1, 11))
 EXCHANGES = ("all_gather", "sharded")

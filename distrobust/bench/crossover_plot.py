@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distrobust.bench.crossover import WORKERS, Machine, Network
-from distrobust.bench.link import GOODPUT
 from distrobust.bench.methods import DENSE, FP16
 from distrobust.bench.validation import Point
 from distrobust.errors import ConfigError
+from distrobust.lab.link import GOODPUT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

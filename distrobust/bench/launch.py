@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from distrobust.bench.lab import Host
 from distrobust.errors import LabError
+from distrobust.lab.hosts import Host
 
 _PORT = 29400  # within a namespace every port is free
 

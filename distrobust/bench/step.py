@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from distrobust.bench.counters import Wire, tcp_sent_bytes, wire_sent
 from distrobust.bench.methods import Method
 from distrobust.bench.rank import Say, process_group, resolve
 from distrobust.bench.shapes import NUM_PARAMETERS, Pool, ResNet50Shape, share_storage_
+from distrobust.lab.counters import Wire, tcp_sent_bytes, wire_sent
 
 
 @dataclass

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distrobust.bench import comparison, cost, lab, launch
+from distrobust.bench import comparison, cost, launch
 from distrobust.bench.crossover import EXCHANGES, Machine, Network, columns, measure_machine, num_cores, sparse_method
-from distrobust.bench.link import Link
 from distrobust.bench.methods import DENSE, FP16, Method
+from distrobust.lab import hosts as lab
+from distrobust.lab.link import Link
 
 BOUND = 0.2  # what the prediction is held to
 

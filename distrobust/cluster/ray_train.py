@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
-import socket
 import threading
 import time
 from typing import Any
 
 from distrobust import config as configuration
+from distrobust.cluster.connect import connected
 from distrobust.config import Config
-from distrobust.errors import CommError, ConfigError
+from distrobust.errors import CommError
 from distrobust.train.launch import BACKENDS
 from distrobust.train.rundir import Outcome, RunDirectory
 
@@ -26,74 +25,21 @@ from distrobust.train.rundir import Outcome, RunDirectory
 def run_on_ray(config: Config) -> Outcome:
     """Runs the job on Ray workers and returns its outcome.
 
-    Ctrl-C asks the workers to write a checkpoint and leave; a second one gives up waiting.
+    Ctrl-C, or SIGTERM from a job manager, asks the workers to write a checkpoint and leave; a second one gives up
+    waiting.
     Raises CommError when workers died more often than cluster.max_failures allows.
     """
-    # before ray is imported: its workers would otherwise change into a directory of their own, and start as if no
-    # accelerator variable were set
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    settings = config.cluster
-    private = settings.address is None
-    if settings.address is not None:
-        _check_address(settings.address)
-    import ray
-
-    if private:  # it tells every user that the cluster we start and stop ourselves is protected by a token
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    try:
-        ray.init(
-            address="local" if private else settings.address,
-            num_cpus=settings.workers * settings.threads if private else None,
-            include_dashboard=False if private else None,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            runtime_env={"env_vars": _environment(config)},
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "a private Ray" if private else f"cluster.address {settings.address}"
-        raise CommError(f"{where}: cannot be used ({' '.join(str(error).split())[:200]})") from None
     directory = RunDirectory(config.run.dir)
-    try:
-        _check_resources(config, ray.cluster_resources())
+    with connected(config):
         failure = _fit(config, directory)
-    finally:
-        ray.shutdown()
     outcome = directory.outcome()
     if outcome is not None:
         return outcome
     reason = " ".join(str(failure or "the workers ended without a word").split())
     raise CommError(
-        f"Ray Train gave up after {settings.max_failures} restarts: {reason[:300]}; start again to continue from the "
-        "last checkpoint"
+        f"Ray Train gave up after {config.cluster.max_failures} restarts: {reason[:300]}; start again to continue from "
+        "the last checkpoint"
     )
-
-
-def _check_address(address: str) -> None:
-    """Raises ConfigError if nobody listens at host:port: Ray itself would try for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():
-        return  # "auto", or a name that only Ray understands
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"cluster.address: got {address}, where no Ray head answers ({error}); start one there, or set it to null "
-            "for a private Ray on this machine"
-        ) from None
-
-
-def _check_resources(config: Config, available: dict[str, float]) -> None:
-    """Raises ConfigError if the cluster can never hold the workers: Ray would wait for the resources for ever."""
-    settings = config.cluster
-    wanted = {"CPU": settings.workers * settings.threads, "GPU": settings.workers if settings.gpu else 0}
-    for resource, amount in wanted.items():
-        if amount > available.get(resource, 0):
-            raise ConfigError(
-                f"cluster: {settings.workers} workers need {amount} {resource}, the Ray cluster has "
-                f"{available.get(resource, 0):g}; lower cluster.workers or cluster.threads, or add nodes"
-            )
 
 
 def _fit(config: Config, directory: RunDirectory) -> BaseException | None:
@@ -111,13 +57,14 @@ def _fit(config: Config, directory: RunDirectory) -> BaseException | None:
         signal.signal(number, signal.default_int_handler)  # the second one interrupts
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    previous = signal.signal(signal.SIGINT, ask_to_stop)
+    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return failures[0] if failures else None
 
 
@@ -127,15 +74,17 @@ def _trainer(config: Config) -> Any:
 
     settings = config.cluster
     resources: dict[str, float] = {"CPU": settings.threads}
+    scaling: dict[str, Any] = {"num_workers": settings.workers}
+    if settings.min_workers is not None:
+        scaling["num_workers"] = (settings.min_workers, settings.workers)
+        scaling["elastic_resize_monitor_interval_s"] = settings.resize_every_s
     if settings.gpu:
         resources["GPU"] = 1
     return TorchTrainer(
         worker,
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=TorchConfig(backend=BACKENDS[settings.gpu], timeout_s=math.ceil(settings.timeout_s)),
-        scaling_config=ScalingConfig(
-            num_workers=settings.workers, use_gpu=settings.gpu, resources_per_worker=resources
-        ),
+        scaling_config=ScalingConfig(use_gpu=settings.gpu, resources_per_worker=resources, **scaling),
         run_config=RunConfig(
             # a fresh name each time: Ray would continue a run of the same name, and we continue ours
             name=f"{config.run.dir.name}-{int(time.time() * 1000)}",
@@ -159,11 +108,3 @@ def worker(values: dict[str, Any]) -> None:
     config = configuration.parse(values["config"], "driver")
     outcome = job.run(config, ray.train.torch.get_device(), [])
     ray.train.report({"status": outcome.status})
-
-
-def _environment(config: Config) -> dict[str, str]:
-    settings = config.cluster
-    variables = {"OMP_NUM_THREADS": str(settings.threads)}
-    if settings.interface is not None:
-        variables.update(GLOO_SOCKET_IFNAME=settings.interface, NCCL_SOCKET_IFNAME=settings.interface)
-    return variables

@@ -54,8 +54,8 @@ class Compression:
     """State of the communication hook, keyed by parameter name. Made by `distrobust.compress`.
 
     `step`: optimizer steps seen, skipped ones included. `skipped`: the last backward met a non-finite gradient on some
-    rank. `seconds`: host time spent in the hook so far, without waiting and decoding. `error`: why the last backward
-    failed.
+    rank. `seconds`: host time spent in the hook so far, without waiting and decoding. `handed_over_at`:
+    when the last bucket of the last backward was issued, by time.perf_counter. `error`: why that backward failed.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Compression:
         self.skipped_in_a_row = 0
         self.dense_bytes = 0
         self.seconds = 0.0
+        self.handed_over_at = 0.0
         self.error: Exception | None = None
 
     @property
@@ -144,6 +145,7 @@ class Compression:
             given = Bucket(bucket, parts, is_last)
             made = exchange(self.settings, current.step, given, current.verdict)
             current.jobs.append(Job(given, made, num_hops, self.settings.transport))
+            self.handed_over_at = time.perf_counter()
             while is_last and self._advance(current):
                 pass
         except Exception as error:

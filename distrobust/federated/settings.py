@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from distrobust import config as configuration
-from distrobust.config import Budget, Count, Density, Positive, RunConfig, Section, Share
+from distrobust.config import RunConfig
+from distrobust.config.section import Budget, Count, Density, Positive, Section, Share
 
 
 class SimulatedDataConfig(Section):

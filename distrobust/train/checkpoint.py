@@ -12,12 +12,17 @@ the previous checkpoint as it was. Loading unpickles tensors and plain values on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import hashlib
 import io
 import json
 import logging
 import os
+import pickle
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,7 @@ from distrobust.errors import CheckpointError
 _log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 32
+_HEADER_BYTES = 3  # whether all was written, attempts, number of the error
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,22 @@ class Position:
         return f"{self.ordinal}-{self.phase}-{self.step:07d}"
 
 
+@dataclass(frozen=True)
+class Retries:
+    """Further attempts at a file that could not be written; seconds before the first, doubled for each one after."""
+
+    number: int = 0
+    backoff_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """The same on all ranks. `problem`: why there is no checkpoint, None if there is; `notice`: what else to say."""
+
+    problem: str | None
+    notice: str | None = None
+
+
 def save(
     root: Path,
     position: Position,
@@ -52,39 +74,54 @@ def save(
     own: dict[str, Any],
     transport: Transport,
     keep: int,
-) -> str | None:
-    """Called by every rank. Returns None, or why the checkpoint could not be written (the same on all ranks)."""
+    retries: Retries = Retries(),
+    write_file: Callable[[Path, dict[str, Any]], bytes] | None = None,
+) -> Written:
+    """Called by every rank. write_file: writes a file and returns its SHA-256; None: `write`, below."""
     final = root / position.directory_name
     hidden = root / f".{position.directory_name}"
     names = {f"rank-{transport.rank}.pt": own}
     if transport.rank == 0:
         names["shared.pt"] = shared
-    row = torch.zeros(1 + 2 * _DIGEST_BYTES, dtype=torch.uint8)
-    problem = ""
-    try:
-        hidden.mkdir(parents=True, exist_ok=True)
-        for slot, (name, content) in enumerate(names.items()):
-            digest = _write(hidden / name, content)
-            start = 1 + slot * _DIGEST_BYTES
-            row[start : start + _DIGEST_BYTES] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-        row[0] = 1
-    except OSError as error:
-        problem = f"{error.strerror} ({hidden})"
+    row = torch.zeros(_HEADER_BYTES + 2 * _DIGEST_BYTES, dtype=torch.uint8)
+    attempts = 0
+    while row[0] == 0 and attempts <= retries.number:
+        if attempts:
+            time.sleep(retries.backoff_s * 2 ** (attempts - 1))
+        attempts += 1
+        row[2] = 0
+        try:
+            hidden.mkdir(parents=True, exist_ok=True)
+            for slot, (name, content) in enumerate(names.items()):
+                digest = (write_file or write)(hidden / name, content)
+                start = _HEADER_BYTES + slot * _DIGEST_BYTES
+                row[start : start + _DIGEST_BYTES] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+            row[0] = 1
+        except OSError as error:
+            row[2] = min(error.errno or errno.EIO, 255)
+            _log.error("%s, attempt %d: %s", hidden, attempts, error)
+    row[1] = attempts
     rows = transport.gather_rows(row)
     failed = [rank for rank, one in enumerate(rows) if not one[0]]
-    published = torch.zeros(1, dtype=torch.uint8)
+    published = torch.zeros(2, dtype=torch.uint8)
     if transport.rank == 0 and not failed:
         try:
-            _publish(hidden, final, position, rows)
+            _publish(hidden, final, position, rows[:, _HEADER_BYTES:])
             _prune(root, keep)
             published[0] = 1
         except OSError as error:
-            problem = f"{error.strerror} ({final})"
+            published[1] = min(error.errno or errno.EIO, 255)
     if transport.rank == 0 and failed:
         shutil.rmtree(hidden, ignore_errors=True)
-    if bool(transport.gather_rows(published)[0, 0]):
-        return None
-    return f"checkpoint {final.name} not written by rank {failed or [0]}: {problem or 'see its log'}"
+    is_there, why = (int(value) for value in transport.gather_rows(published)[0])
+    if not is_there:
+        reason = os.strerror(int(rows[failed[0], 2]) if failed else why)
+        return Written(f"checkpoint {final.name} not written by rank {failed or [0]}: {reason} ({root})")
+    again = {rank: int(one[1]) for rank, one in enumerate(rows) if one[1] > 1}
+    if not again:
+        return Written(None)
+    ranks = ", ".join(f"rank {rank}'s at attempt {number}" for rank, number in again.items())
+    return Written(None, f"checkpoint {final.name}: written, {ranks}")
 
 
 def size_bytes(root: Path, position: Position) -> int:
@@ -101,29 +138,36 @@ class Loaded:
     shared: dict[str, Any]
     own: list[dict[str, Any]]
     was_resized: bool
+    notices: tuple[str, ...] = ()
+    """What was wrong with newer ones."""
 
 
 def load(root: Path, transport: Transport) -> Loaded | None:
     """Called by every rank. The newest checkpoint that is whole on all ranks, or None.
 
-    A damaged one is named in the log and the one before is taken. Raises CheckpointError if there are checkpoints but
-    none is usable.
+    A damaged one is named in the notices and the log, and the one before is taken. Raises CheckpointError if there
+    are checkpoints but none is usable.
     """
     candidates = sorted((p for p in root.glob("[0-9]-*") if p.is_dir()), reverse=True) if root.exists() else []
     damaged: list[Path] = []
+    notices: list[str] = []
     for directory in candidates:
         content, problem = None, ""
         try:
             content = _read(directory, transport)
-        except (OSError, ValueError, KeyError) as error:
-            problem = str(error)
+        except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            problem = " ".join(str(error).split())[:200]
         whole = torch.tensor([content is not None], dtype=torch.uint8)
         if bool(transport.gather_rows(whole).all()):
             if transport.rank == 0:
                 for unusable in damaged:
                     _put_aside(unusable)
-            return content
-        _log.error("checkpoint %s is damaged (%s); trying the one before", directory, problem or "on another rank")
+            return None if content is None else dataclasses.replace(content, notices=tuple(notices))
+        notices.append(
+            f"checkpoint {directory.name} is damaged ({problem or 'for another rank'}) and put aside as "
+            f"damaged-{directory.name}; trying the one before"
+        )
+        _log.error(notices[-1])
         damaged.append(directory)
     if candidates:
         raise CheckpointError(f"{root}: none of {len(candidates)} checkpoints is whole; delete them to start afresh")
@@ -138,7 +182,8 @@ def _put_aside(damaged: Path) -> None:
         damaged.rename(place)
 
 
-def _write(path: Path, content: dict[str, Any]) -> bytes:
+def write(path: Path, content: dict[str, Any]) -> bytes:
+    """Writes a file of a checkpoint through to the disk; its SHA-256."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     data = buffer.getbuffer()
@@ -150,10 +195,11 @@ def _write(path: Path, content: dict[str, Any]) -> bytes:
 
 
 def _publish(hidden: Path, final: Path, position: Position, rows: torch.Tensor) -> None:
+    """rows: of every rank, the digests of its own file and of the shared one."""
     digests = {}
     for rank, row in enumerate(rows):
-        digests[f"rank-{rank}.pt"] = bytes(row[1 : 1 + _DIGEST_BYTES].tolist()).hex()
-    digests["shared.pt"] = bytes(rows[0, 1 + _DIGEST_BYTES :].tolist()).hex()
+        digests[f"rank-{rank}.pt"] = bytes(row[:_DIGEST_BYTES].tolist()).hex()
+    digests["shared.pt"] = bytes(rows[0, _DIGEST_BYTES:].tolist()).hex()
     manifest = {
         "ordinal": position.ordinal,
         "phase": position.phase,

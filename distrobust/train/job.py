@@ -31,8 +31,9 @@ from distrobust.metrics import Fanout, Sink, jsonl
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
 from distrobust.optim.schedules import Schedule, batch_factor
-from distrobust.train import checkpoint, loop, scoring, transfer
+from distrobust.train import checkpoint, interface, loop, scoring, transfer
 from distrobust.train.checkpoint import Position
+from distrobust.train.faults import Faults
 from distrobust.train.modelfile import (
     Architecture,
     Start,
@@ -123,12 +124,13 @@ class _Job:
                     "torch": torch.__version__,
                     "python": platform.python_version(),
                 },
+                "interface": os.environ.get(interface.VARIABLES[0]),  # of rank 0; null: gloo's own choice
                 "restarts": self.earlier_starts,
                 "resumed_step": restored.position.step if restored else 0,
                 "resumed_phase": restored.position.phase if restored else None,
             }
         )
-        for text in [*self.notices, *start.notices]:
+        for text in [*self.notices, *start.notices, *(restored.notices if restored else ())]:
             self._emit({"event": "notice", "text": text})
         if self._starts_from_directory and restored is None:
             export(scoring.averaged(net, Transport()), MODEL_NAMES["pretrain"])  # evaluated beside the fine-tuned model
@@ -235,7 +237,12 @@ class _Job:
             self._emit,
             self.stop_requested,
             lambda net: export(net, MODEL_NAMES[name] + BEST),
+            faults=self._faults(train.rank),
         )
+
+    def _faults(self, rank: int) -> Faults | None:
+        planned = self.config.faults
+        return Faults(planned, rank, self.directory.faults, checkpoint.write) if planned else None
 
     def _schedule(self, name: str, settings: PhaseConfig) -> Schedule:
         """With the peak scaled to the batch size, if it was tuned for another."""

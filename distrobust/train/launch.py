@@ -19,7 +19,7 @@ from distrobust import config as configuration
 from distrobust.config import Config
 from distrobust.errors import CommError, ConfigError
 from distrobust.metrics import Sink
-from distrobust.train import job
+from distrobust.train import interface, job
 from distrobust.train.rundir import Outcome, RunDirectory
 
 # with GPUs too, small rows of numbers travel from the CPU
@@ -108,8 +108,8 @@ def _process_group(config: Config, **options: object) -> Iterator[torch.device]:
     settings = config.cluster
     if settings.gpu and not torch.cuda.is_available():
         raise ConfigError("cluster.gpu: got true, but torch finds no CUDA device; set it to false")
-    if settings.interface is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = settings.interface
+    on_several = os.environ.get("LOCAL_WORLD_SIZE", "") != os.environ.get("WORLD_SIZE", "")
+    interface.use(settings.interface, os.environ.get("MASTER_ADDR") if on_several else None)
     device = torch.device("cpu")
     if settings.gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

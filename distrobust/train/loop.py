@@ -21,7 +21,10 @@ from distrobust.data import Shard
 from distrobust.errors import DivergedError
 from distrobust.optim.rates import mean_by_layer, norm_by_layer
 from distrobust.train import checkpoint, scoring
+from distrobust.train.checkpoint import Retries
+from distrobust.train.faults import Faults
 from distrobust.train.rundir import RunDirectory
+from distrobust.train.slow import slow_ranks
 from distrobust.train.state import Best, TrainState
 from distrobust.train.step import Recipe, StepResult, ball, replays, train_step
 
@@ -55,6 +58,7 @@ class Phase:
     stop_requested: Callable[[], bool]
     keep_best: Callable[[nn.Module], None]
     """Called on every rank with the best model so far, if the phase stops early."""
+    faults: Faults | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -97,6 +101,8 @@ def _run_steps(state: TrainState, phase: Phase) -> End:
     while state.position.step < total and not _is_over(state, phase):
         epoch, first = divmod(state.position.step, per_epoch)
         for images, labels in phase.batches(epoch, first):
+            if phase.faults is not None:
+                phase.faults.before_step(state)
             result = train_step(state, images.to(device), labels.to(device), phase.recipe, phase.train.rank)
             state.position = dataclasses.replace(state.position, step=state.position.step + 1)
             state.samples += phase.settings.batch_size
@@ -121,17 +127,26 @@ def _run_steps(state: TrainState, phase: Phase) -> End:
 
 
 def save(state: TrainState, phase: Phase) -> bool:
-    """A checkpoint at the state's position. A failure is reported, returns False, and training goes on."""
+    """A checkpoint at the state's position. A failure is reported, returns False, and training goes on.
+
+    Raises DivergedError, writing nothing, when ranks' parameters differ.
+    """
     started = time.perf_counter()
-    problem = checkpoint.save(
+    transport, settings = state.compression.settings.transport, phase.config.checkpoint
+    _check_digests(state, phase, transport.gather_rows(parameter_digest(state).view(1))[:, 0])
+    written = checkpoint.save(
         phase.directory.checkpoints,
         state.position,
         state.shared(),
         state.own(),
-        state.compression.settings.transport,
-        phase.config.checkpoint.keep,
+        transport,
+        settings.keep,
+        Retries(settings.retries, settings.backoff_s),
+        checkpoint.write if phase.faults is None else phase.faults.write,
     )
-    if problem:
+    if written.notice:
+        phase.emit({"event": "notice", "text": written.notice})
+    if problem := written.problem:
         state.failed_checkpoints += 1
         phase.emit({"event": "notice", "text": problem})
         phase.emit(
@@ -175,22 +190,20 @@ def _check_skipped(state: TrainState, phase: Phase) -> None:
 
 
 def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
-    """Exchanges 40 bytes a rank: loss, accuracy, a digest of the parameters and whether someone was asked to stop."""
+    """Exchanges 48 bytes a rank: loss, accuracy, a digest of the parameters, the time of its own part of a step and
+    whether someone was asked to stop."""
     transport = state.compression.settings.transport
     results = window.results
     samples = sum(result.samples for result in results)
     loss = sum((result.loss.double() * result.samples for result in results), torch.zeros((), dtype=torch.float64))
     correct = sum((result.correct.double() for result in results), torch.zeros((), dtype=torch.float64))
     numbers = torch.stack([loss.cpu(), correct.cpu()]).view(torch.int64)
-    row = torch.cat([numbers, torch.tensor([samples, phase.stop_requested()]), parameter_digest(state).view(1)])
+    own_s = torch.tensor([sum(result.own_s for result in results) / len(results)], dtype=torch.float64)
+    counts = torch.tensor([samples, phase.stop_requested()])
+    row = torch.cat([numbers, counts, parameter_digest(state).view(1), own_s.view(torch.int64)])
     rows = transport.gather_rows(row.to(next(state.net.parameters()).device)).cpu()
-    differing = [rank for rank in range(len(rows)) if rows[rank, 4] != rows[0, 4]]
-    if differing:
-        phase.emit({"event": "diverged", "phase": state.position.phase, "replicas": len(differing)})
-        raise DivergedError(
-            f"{state.position.phase}, step {state.position.step}: parameters of ranks {differing} differ from rank 0; "
-            "start again to continue from the last checkpoint"
-        )
+    _check_digests(state, phase, rows[:, 4])
+    _report_slow(state, phase, rows[:, 5].contiguous().view(torch.float64).tolist())
     sums = rows[:, :2].contiguous().view(torch.float64).sum(dim=0)
     count = int(rows[:, 2].sum())
     last, step = results[-1], state.position.step
@@ -219,6 +232,30 @@ def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
         }
     )
     return bool(rows[:, 3].any())
+
+
+def _check_digests(state: TrainState, phase: Phase, digests: Tensor) -> None:
+    """Raises DivergedError, on every rank, unless all are equal."""
+    differing = [rank for rank, digest in enumerate(digests.tolist()) if digest != int(digests[0])]
+    if differing:
+        phase.emit({"event": "diverged", "phase": state.position.phase, "replicas": len(differing)})
+        raise DivergedError(
+            f"{state.position.phase}, step {state.position.step}: parameters of ranks {differing} differ from rank 0; "
+            "start again to continue from the last checkpoint"
+        )
+
+
+def _report_slow(state: TrainState, phase: Phase, own_s: list[float]) -> None:
+    """A notice when a rank begins to hold the others up, and when none does any more."""
+    if phase.config.cluster.slow_ratio is None:
+        return
+    found = slow_ranks(own_s, phase.config.cluster.slow_ratio)
+    where = f"{state.position.phase}, step {state.position.step}"
+    for rank in sorted(found.keys() - state.slow):
+        phase.emit({"event": "notice", "text": f"{where}: {found[rank]}"})
+    if state.slow and not found:
+        phase.emit({"event": "notice", "text": f"{where}: all ranks are about as fast again"})
+    state.slow = frozenset(found)
 
 
 def _is_over(state: TrainState, phase: Phase) -> bool:

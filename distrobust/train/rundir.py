@@ -7,6 +7,7 @@
     prometheus/      one file_sd target list per rank
     report.html
     lock             held by the start that is running
+    faults/          which injected faults have struck, if any were asked for
     stop             its presence asks the workers to checkpoint and leave
     outcome.json     how the last start ended
 
@@ -53,6 +54,7 @@ class RunDirectory:
         self.models = path / "models"
         self.targets = path / "prometheus"
         self.stop = path / "stop"
+        self.faults = path / "faults"
         self._outcome = path / "outcome.json"
 
     def open(self, config: Config) -> None:

@@ -55,6 +55,7 @@ class TrainState:
     multipliers: Mapping[str, float] = field(default_factory=dict)  # of the rate, by parameter; empty: all 1
     frozen_norms: list[nn.Module] = field(default_factory=list)  # they stay in evaluation mode
     failed_checkpoints: int = 0  # by this process, in this phase
+    slow: frozenset[int] = frozenset()  # ranks that were when last looked
 
     def ratios(self) -> dict[str, float]:
         """Each parameter's rate over the schedule's: multiplier times what its noise allows. Empty: 1 for all."""

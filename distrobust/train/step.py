@@ -89,6 +89,8 @@ class StepResult:
     ratios: dict[str, float]
     step_s: float
     attack_s: float
+    own_s: float
+    """Of step_s, until this rank had handed over its last message: without waiting for the others."""
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe, rank: int) -> StepResult:
@@ -143,6 +145,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         state.ratios(),
         finished - started,
         sum(one.attack_s for one in taken),
+        state.compression.handed_over_at - started,
     )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from distrobust import cli
-from distrobust.bench import comparison, lab
+from distrobust.bench import comparison
+from distrobust.lab import hosts as lab
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

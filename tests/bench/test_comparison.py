@@ -4,9 +4,9 @@ import pytest
 
 from distrobust.bench import comparison
 from distrobust.bench.comparison import Comparison
-from distrobust.bench.link import Link
 from distrobust.bench.methods import DENSE, FLOOR, Method, standard
 from distrobust.errors import ConfigError
+from distrobust.lab.link import Link
 
 METHODS = [Method(FLOOR, "a:b"), Method(DENSE, "a:b"), Method("ours", "a:b")]
 

@@ -8,10 +8,10 @@ import pytest
 from distrobust.bench import crossover, crossover_plot, validation
 from distrobust.bench.cost import Local
 from distrobust.bench.crossover import Machine, Network
-from distrobust.bench.link import Link
 from distrobust.bench.methods import DENSE, FP16
 from distrobust.bench.validation import Point
 from distrobust.errors import ConfigError
+from distrobust.lab.link import Link
 
 MACHINE = Machine(
     {DENSE: Local(0.02), FP16: Local(0.05), "1 %": Local(0.1, 0.01), "0.1 %": Local(0.08, 0.002)},

@@ -7,9 +7,9 @@ import signal
 import time
 from typing import Any
 
-from distrobust.bench.counters import tcp_sent_bytes, wire_sent
 from distrobust.bench.rank import Say, process_group
 from distrobust.errors import ConfigError
+from distrobust.lab.counters import tcp_sent_bytes, wire_sent
 
 
 def exchange(arguments: dict[str, Any], say: Say) -> dict[str, Any]:

@@ -25,9 +25,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_story": {"metrics"},
     "federated": {"adversarial", "compression", "config", "data", "metrics", "models", "optim"},
     "train": {"adversarial", "comm", "compression", "config", "data", "metrics", "models", "optim"},
-    "cluster": {"config", "metrics", "train"},
+    "lab": set(),
+    "cluster": {"config", "lab", "metrics", "train"},
     "k8s": {"config", "metrics"},
-    "bench": {"comm", "compression", "config", "models"},
+    "bench": {"comm", "compression", "config", "lab", "models"},
     "cli": {
         "adversarial",
         "bench",

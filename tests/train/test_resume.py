@@ -90,6 +90,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     (config.run.dir / "checkpoints/damaged-1-train-0000004/left").mkdir(parents=True)  # not the first time
     run_job(config)
     assert [r["resumed_step"] for r in records_of(config, "run")] == [0, 2]
+    (said,) = [r["text"] for r in records_of(config, "notice") if "damaged" in r["text"]]
+    assert "1-train-0000004 is damaged (rank-0.pt does not match its digest)" in said
     assert (config.run.dir / "checkpoints/damaged-1-train-0000004").exists()
     assert (config.run.dir / "checkpoints/1-train-0000006").exists()
     assert_equal(weights_of(config), weights_of(whole))
@@ -147,8 +149,8 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_training_goes_on(
     def full(path: Path, content: Any) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
-    config = make_config()
+    monkeypatch.setattr(checkpoint, "write", full)
+    config = make_config("checkpoint.backoff_s=0.01")
     assert run_job(config).status == "done"
     notices = [record["text"] for record in records_of(config, "notice")]
     assert notices

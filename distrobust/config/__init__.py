@@ -9,40 +9,27 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from distrobust.config.cluster import ClusterConfig
+from distrobust.config.faults import FaultConfig
+from distrobust.config.section import (
+    AsFraction,
+    Budget,
+    Count,
+    Density,
+    Multiplier,
+    Positive,
+    Quantity,
+    Seconds,
+    Section,
+    Share,
+)
 from distrobust.errors import ConfigError
-
-
-def _fraction(value: object) -> object:
-    """'8/255' -> 0.0314: budgets are written as fractions of the pixel range."""
-    if isinstance(value, str) and "/" in value:
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
-
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Density = Annotated[float, Field(gt=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Multiplier = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Quantity = Annotated[str, Field(pattern=r"^[1-9][0-9]*([kMGT]i?)?$")]
-Budget = Annotated[float, BeforeValidator(_fraction), Field(ge=0.0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
-
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -52,25 +39,6 @@ class RunConfig(Section):
     """Directory of the run: resolved configuration, metrics, checkpoints, models, report. Starting again resumes it."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Everything random follows from it: initial weights, held-out split, data order, augmentation, attacks."""
-
-
-class ClusterConfig(Section):
-    launcher: Literal["ray", "torchrun", "local"] = "ray"
-    """ray: Ray Train; torchrun: torch's own launcher, no Ray; local: one rank in this process."""
-    workers: Count = 2
-    """Ranks, one a device. Part of a run's identity: residuals belong to a rank."""
-    threads: Count = 1
-    """torch threads per worker; more workers x threads than cores is far slower, not faster."""
-    gpu: bool = False
-    """One GPU per worker, nccl instead of gloo."""
-    address: str | None = None
-    """Address of an existing Ray cluster; null starts a private one on this machine and stops it afterwards."""
-    interface: str | None = None
-    """Network interface for gloo and nccl, where the host name resolves to the wrong one."""
-    timeout_s: Positive = 120.0
-    """A collective that takes longer is an error on every rank that is still alive."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often Ray restarts all workers after one died; each restart continues from the last checkpoint."""
 
 
 class DataConfig(Section):
@@ -128,7 +96,7 @@ class ModelConfig(Section):
     """Start from this file (models/*.pt of another run) instead of random weights."""
     channels_last: bool = False
     """Memory format; with bf16 about twice as fast on CPUs."""
-    rates: dict[str, Multiplier] = {}
+    rates: dict[str, Multiplier] = Field(default_factory=dict)
     """During `train`: pattern over parameter names -> what their rate is multiplied with; 0 freezes them, batch-norm
     statistics included, and sends nothing. Of several patterns the last counts."""
 
@@ -230,7 +198,7 @@ class AttackConfig(Section):
     """pgd only: steps at the start of the phase, rising linearly to `steps`; null: `steps` from the start."""
     replays: Count = 8
     """free only: how many steps in a row each batch is trained on; an epoch has as many times more steps."""
-    step_size: Annotated[Positive, BeforeValidator(_fraction)] | None = None
+    step_size: Annotated[Positive, AsFraction] | None = None
     """null: 2.5 eps / steps for pgd, eps for fgsm and n_fgsm, the paper's for TRADES."""
     ramp: Share = 0.0
     """eps rises linearly from 0 over this share of the phase."""
@@ -342,6 +310,15 @@ class CheckpointConfig(Section):
     """Steps, besides the end of each epoch; null: only there."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; never fewer than two, so that one survives a crash during the next."""
+    retries: Annotated[int, Field(ge=0, le=16)] = 3
+    """Further attempts at a file that could not be written; if they fail too, training goes on without it."""
+    backoff_s: Seconds = 1.0
+    """Before the first further attempt; twice as long before each one after it."""
+
+    @property
+    def longest_wait_s(self) -> float:
+        """What all retries of a file may wait."""
+        return self.backoff_s * ((1 << self.retries) - 1)
 
 
 class KubernetesConfig(Section):
@@ -389,6 +366,8 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    faults: tuple[FaultConfig, ...] = ()
+    """Injected into the run, for tests of it; refused without DISTROBUST_FAULTS=allow in the environment."""
     kubernetes: KubernetesConfig = KubernetesConfig()
     """For `distrobust k8s render`; without effect on a run."""
 
@@ -414,6 +393,28 @@ class Config(Section):
         given = [name for name, is_given in of_images.items() if is_given]
         if given:
             raise ValueError(f"model.name {self.model.name} reads texts, and {given[0]} is for images; leave it out")
+
+    @model_validator(mode="after")
+    def _retries_end_in_time(self) -> Config:
+        wait, timeout = self.checkpoint.longest_wait_s, self.cluster.timeout_s
+        if wait >= timeout:
+            raise ValueError(
+                f"checkpoint.retries and backoff_s add up to {wait:g} s, while other ranks wait no longer than "
+                f"cluster.timeout_s ({timeout:g} s); lower one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_can_be_shared(self) -> Config:
+        """Found before the first node is lost, not after it."""
+        for name, phase in (("pretrain", self.pretrain), ("train", self.train)):
+            uneven = [size for size in self.cluster.sizes if phase is not None and phase.batch_size % size]
+            if uneven and phase is not None and self.cluster.min_workers is not None:
+                raise ValueError(
+                    f"{name}.batch_size {phase.batch_size} cannot be shared by {uneven[0]} workers; wanted a multiple "
+                    f"of every number from cluster.min_workers {self.cluster.sizes[0]} to {self.cluster.sizes[-1]}"
+                )
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What a run directory is bound to: everything that changes what a run does, but not how many workers do it."""

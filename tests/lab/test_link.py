@@ -2,9 +2,9 @@
 
 import pytest
 
-from distrobust.bench.link import GOODPUT, Link, parse_latency, parse_link
 from distrobust.bench.methods import parse_densities
 from distrobust.errors import ConfigError
+from distrobust.lab.link import GOODPUT, Link, parse_latency, parse_link
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from distrobust.bench import comparison, lab, launch
-from distrobust.bench.link import HEADER_BYTES, Link
+from distrobust.bench import comparison, launch
 from distrobust.bench.methods import FLOOR, Method
 from distrobust.errors import LabError
+from distrobust.lab import hosts as lab
+from distrobust.lab import namespaces
+from distrobust.lab.link import HEADER_BYTES, Link
 
 WHY_NOT = lab.why_not()
 needs_lab = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -91,8 +93,9 @@ def test_nothing_is_left_after_an_exception_or_ctrl_c(interruption: type[BaseExc
 @needs_lab
 def test_nothing_is_left_when_the_program_is_killed() -> None:
     code = """
-from distrobust.bench import lab, launch
-from distrobust.bench.link import Link
+from distrobust.bench import launch
+from distrobust.lab import hosts as lab
+from distrobust.lab.link import Link
 with lab.lab(2, Link(1e9)) as hosts:
     for host in hosts:
         print(host.enter[host.enter.index("--target") + 1], flush=True)
@@ -125,7 +128,7 @@ def test_in_the_lab_every_methods_bytes_are_counted_three_ways() -> None:
 
 
 def test_a_place_without_the_tools_is_told_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab, "_PATH", "/nowhere")
+    monkeypatch.setattr(namespaces, "_PATH", "/nowhere")
     reason = lab.why_not()
     assert reason is not None
     assert "which is not installed: install" in reason

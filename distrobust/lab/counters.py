@@ -13,10 +13,10 @@ import stat
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from distrobust.bench.lab import find_tool
+from distrobust.lab.namespaces import find_tool
 
 # offsets into struct tcp_info of linux/tcp.h, Linux 4.6 and newer
 _UNACKNOWLEDGED, _BYTES_ACKNOWLEDGED, _NOT_SENT, _SIZE = 24, 120, 144, 148
@@ -60,13 +60,13 @@ def _tcp_sockets() -> Iterator[tuple[int, int]]:
             yield struct.unpack_from("Q", info, _BYTES_ACKNOWLEDGED)[0], unacknowledged + not_sent
 
 
-def wire_sent(interface: str) -> Wire:
-    """What a shaped interface of the lab has sent so far.
+def wire_sent(interface: str, enter: Sequence[str] = ()) -> Wire:
+    """What a shaped interface of the lab has sent so far. enter: the command that enters its namespace; empty: ours.
 
     From its queue, not from /sys/class/net: there a packet of 64 kB that the card would cut into 1500-byte frames
     counts as one packet with one header, here as the frames that a real link would carry.
     """
-    command = [find_tool("tc"), "-s", "-j", "qdisc", "show", "dev", interface]
+    command = [*enter, find_tool("tc"), "-s", "-j", "qdisc", "show", "dev", interface]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     queue = next(queue for queue in json.loads(answer) if queue.get("root"))
     return Wire(queue["bytes"], queue["packets"])
