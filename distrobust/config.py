@@ -68,7 +68,8 @@ class ClusterConfig(Section):
     interface: str | None = None
     """Network interface for gloo and nccl, where the host name resolves to the wrong one."""
     timeout_s: Positive = 120.0
-    """A collective that takes longer is an error on every rank that is still alive."""
+    """A collective that takes longer is an error on every rank that is still alive; half of it without a step, and each
+    leaves its stacks in RUN/stacks."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often Ray restarts all workers after one died; each restart continues from the last checkpoint."""
 

@@ -31,7 +31,7 @@ from distrobust.metrics import Fanout, Sink, jsonl
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
 from distrobust.optim.schedules import Schedule, batch_factor
-from distrobust.train import checkpoint, loop, scoring, transfer
+from distrobust.train import checkpoint, logs, loop, scoring, stall, transfer
 from distrobust.train.checkpoint import Position
 from distrobust.train.modelfile import (
     Architecture,
@@ -64,15 +64,20 @@ def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcom
     earlier = directory.outcome()
     if earlier is not None and earlier.status == "failed":
         return earlier  # restarted after an error that a restart does not mend
-    sinks = Fanout()
+    sinks, rank = Fanout(), dist.get_rank()
     try:
-        starts = _earlier_starts(directory)
-        exporter = _exporter(config, directory)
-        lines = [JsonLines(directory.metrics)] if dist.get_rank() == 0 else []
-        sinks = Fanout(*lines, *([exporter] if exporter else []), *extra_sinks)
-        notices = [exporter.notice] if exporter and exporter.notice else []
-        with stop_requests(directory) as stop_requested:
-            outcome = _Job(config, device, directory, sinks, stop_requested, starts, notices).run()
+        with (
+            logs.kept(directory.logs, rank),
+            stall.named(directory.stacks),
+            stall.watched(directory.stacks, rank, config.cluster.timeout_s / 2) as watch,
+            stop_requests(directory) as stop_requested,
+        ):
+            starts = _earlier_starts(directory)
+            exporter = _exporter(config, directory)
+            lines = [JsonLines(directory.metrics)] if rank == 0 else []
+            sinks = Fanout(*lines, *([exporter] if exporter else []), *extra_sinks)
+            notices = [exporter.notice] if exporter and exporter.notice else []
+            outcome = _Job(config, device, directory, sinks, stop_requested, starts, notices, watch.beat).run()
     except CommError:
         raise
     except (DistrobustError, OSError) as error:
@@ -81,7 +86,7 @@ def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcom
         return outcome
     finally:
         sinks.close()
-    if dist.get_rank() == 0:
+    if rank == 0:
         directory.write_outcome(outcome)
     return outcome
 
@@ -95,6 +100,7 @@ class _Job:
     stop_requested: Callable[[], bool]
     earlier_starts: int
     notices: list[str]
+    beat: Callable[[], None]
 
     def run(self) -> Outcome:
         started = time.perf_counter()
@@ -138,6 +144,7 @@ class _Job:
             state = self._state(net, Position(ordinal, name, 0), phase)
             if restored is not None and restored.position.ordinal == ordinal:
                 state.load(restored)
+            _log.info("%s from step %d of %d, %d ranks", name, state.position.step, phase.recipe.num_steps, num_ranks)
             self._emit(
                 {
                     "event": "phase",
@@ -235,6 +242,7 @@ class _Job:
             self._emit,
             self.stop_requested,
             lambda net: export(net, MODEL_NAMES[name] + BEST),
+            self.beat,
         )
 
     def _schedule(self, name: str, settings: PhaseConfig) -> Schedule:
@@ -310,6 +318,7 @@ class _Job:
                     batch_size=settings.batch_size,
                     seed=self.config.run.seed,
                     transport=Transport(),
+                    beat=self.beat,
                 )
                 self._emit(
                     {

@@ -55,6 +55,8 @@ class Phase:
     stop_requested: Callable[[], bool]
     keep_best: Callable[[nn.Module], None]
     """Called on every rank with the best model so far, if the phase stops early."""
+    beat: Callable[[], None]
+    """Called whenever this rank gets on (stall.py)."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,6 +103,7 @@ def _run_steps(state: TrainState, phase: Phase) -> End:
             state.position = dataclasses.replace(state.position, step=state.position.step + 1)
             state.samples += phase.settings.batch_size
             window.results.append(result)
+            phase.beat()
             _check_skipped(state, phase)
             step = state.position.step
             at_epoch_end, stop = step % per_epoch == 0, False
@@ -240,6 +243,7 @@ def _held_out_score(
         batch_size=phase.config.evaluate.batch_size,
         seed=phase.config.run.seed,
         transport=state.compression.settings.transport,
+        beat=phase.beat,
     )
 
 

@@ -2,6 +2,8 @@
 
     config.yaml      the resolved configuration
     metrics.jsonl    one record a line
+    logs/            rank-N.jsonl: what the rank's loggers said, see logs.py
+    stacks/          where ranks were when none got on, see stall.py
     checkpoints/     see checkpoint.py
     models/          pre-trained.pt, fine-tuned.pt: weights to evaluate or to start from
     prometheus/      one file_sd target list per rank
@@ -52,6 +54,8 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.models = path / "models"
         self.targets = path / "prometheus"
+        self.logs = path / "logs"
+        self.stacks = path / "stacks"
         self.stop = path / "stop"
         self._outcome = path / "outcome.json"
 
