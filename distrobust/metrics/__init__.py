@@ -6,6 +6,7 @@ the sinks. Importing this package imports neither prometheus_client nor rich.
     table.py        the one table of Prometheus metrics and of the record fields that feed them
     prometheus.py   records -> an HTTP endpoint per worker
     jsonl.py        records <-> RUN/metrics.jsonl, the file everything else is made from
+    tensorboard.py, weights_and_biases.py       on request; the curves they draw are those of scalars.py
     alerts.py       what deserves to wake somebody, and what to do then
     dashboard.py    the Grafana dashboard
     console.py      records -> a progress bar, or plain lines; the before / after table

@@ -27,7 +27,7 @@ from distrobust.comm.transport import Transport
 from distrobust.config import Config, DataConfig, PhaseConfig
 from distrobust.data import Shard, Source
 from distrobust.errors import CommError, ConfigError, DataError, DistrobustError
-from distrobust.metrics import Fanout, Sink, jsonl
+from distrobust.metrics import Fanout, Sink, jsonl, tensorboard, weights_and_biases
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
 from distrobust.optim.schedules import Schedule, batch_factor
@@ -74,8 +74,7 @@ def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcom
         ):
             starts = _earlier_starts(directory)
             exporter = _exporter(config, directory)
-            lines = [JsonLines(directory.metrics)] if rank == 0 else []
-            sinks = Fanout(*lines, *([exporter] if exporter else []), *extra_sinks)
+            sinks = Fanout(*_curves(config, directory), *([exporter] if exporter else []), *extra_sinks)
             notices = [exporter.notice] if exporter and exporter.notice else []
             outcome = _Job(config, device, directory, sinks, stop_requested, starts, notices, watch.beat).run()
     except CommError:
@@ -378,6 +377,23 @@ def _earlier_starts(directory: RunDirectory) -> int:
     if not directory.metrics.exists():
         return 0
     return sum(record["event"] == "run" for record in jsonl.read(directory.metrics))
+
+
+def _curves(config: Config, directory: RunDirectory) -> list[Sink]:
+    """Rank 0's files of records. ConfigError on every rank alike where one of them needs what is not installed."""
+    settings = config.metrics
+    if settings.tensorboard:
+        tensorboard.require()
+    if settings.wandb is not None:
+        weights_and_biases.require(settings.wandb)
+    if dist.get_rank() != 0:
+        return []
+    sinks: list[Sink] = [JsonLines(directory.metrics)]
+    if settings.tensorboard:
+        sinks.append(tensorboard.TensorBoard(directory.tensorboard))
+    if settings.wandb is not None:
+        sinks.append(weights_and_biases.WeightsAndBiases(settings.wandb, directory.path))
+    return sinks
 
 
 def _exporter(config: Config, directory: RunDirectory) -> Exporter | None:

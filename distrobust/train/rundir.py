@@ -7,6 +7,7 @@
     checkpoints/     see checkpoint.py
     models/          pre-trained.pt, fine-tuned.pt: weights to evaluate or to start from
     prometheus/      one file_sd target list per rank
+    tensorboard/, wandb/    if metrics.tensorboard, metrics.wandb
     report.html
     lock             held by the start that is running
     stop             its presence asks the workers to checkpoint and leave
@@ -54,6 +55,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.models = path / "models"
         self.targets = path / "prometheus"
+        self.tensorboard = path / "tensorboard"
         self.logs = path / "logs"
         self.stacks = path / "stacks"
         self.stop = path / "stop"

@@ -72,8 +72,10 @@ def test_a_program_without_logging_shows_warnings_with_their_rank(tmp_path: Path
     assert [line["text"] for line in _lines(tmp_path)] == ["quiet", "loud", "ended by SystemExit"]
 
 
-def test_a_run_leaves_its_log(make_config: MakeConfig) -> None:
+def test_a_run_leaves_its_log_and_nothing_that_was_not_asked_for(make_config: MakeConfig) -> None:
     config = make_config()
     run_job(config)
     texts = [line["text"] for line in _lines(config.run.dir / "logs", 0)]
     assert "train from step 0 of 8, 1 ranks" in texts
+    left = {path.name for path in config.run.dir.iterdir()}
+    assert left == {"config.yaml", "metrics.jsonl", "outcome.json", "logs", "stacks", "checkpoints", "models"}
