@@ -54,8 +54,8 @@ class Compression:
     """State of the communication hook, keyed by parameter name. Made by `distrobust.compress`.
 
     `step`: optimizer steps seen, skipped ones included. `skipped`: the last backward met a non-finite gradient on some
-    rank. `seconds`: host time spent in the hook so far, without waiting and decoding. `error`: why the last backward
-    failed.
+    rank. `seconds`: host time spent in the hook so far, without waiting and decoding; `decode_seconds`: on what came
+    back, buckets that are decoded at the same time added up. `error`: why the last backward failed.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Compression:
         self.skipped_in_a_row = 0
         self.dense_bytes = 0
         self.seconds = 0.0
+        self.decode_seconds = 0.0
         self.error: Exception | None = None
 
     @property
@@ -197,7 +198,9 @@ class Compression:
             for job in current.jobs:
                 if job.error is not None:
                     raise job.error
+            started = time.perf_counter()
             self._apply(current)
+            self.decode_seconds += sum(job.decode_s for job in current.jobs) + time.perf_counter() - started
         except Exception as error:
             self.error = error
             current.done.set_exception(error)

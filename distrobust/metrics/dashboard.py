@@ -41,7 +41,8 @@ def _high(metric: str) -> str:
     return f"histogram_quantile(0.95, sum by (run, phase, le) (rate({metric}_bucket[5m])))"
 
 
-_STEP, _ATTACK, _HOOK = "distrobust_step_seconds", "distrobust_attack_seconds", "distrobust_comm_hook_seconds"
+_STEP, _ATTACK = "distrobust_step_seconds", "distrobust_attack_seconds"
+_HOOK, _DECODE = "distrobust_comm_hook_seconds", "distrobust_comm_decode_seconds"
 _SENT, _DENSE = "distrobust_comm_sent_bytes_total", "distrobust_comm_dense_bytes_total"
 _BY_PHASE = "{{run}} {{phase}}"
 
@@ -55,7 +56,8 @@ def _rate(metric: str) -> str:
 _EVEN_DENSITY = f"max by (run, phase) (distrobust_comm_density_ratio) * {_rate(_DENSE)} / ({_rate(_SENT)} > 0)"
 # of time: bits saved in a step of one worker over the seconds it takes to save them
 _EVEN_LINK = (
-    f"8 * clamp_min({_rate(_DENSE)} - {_rate(_SENT)}, 0) / ({_rate('distrobust_steps_total')} * ({_mean(_HOOK)}))"
+    f"8 * clamp_min({_rate(_DENSE)} - {_rate(_SENT)}, 0)"
+    f" / ({_rate('distrobust_steps_total')} * ({_mean(_HOOK)} + {_mean(_DECODE)}))"
 )
 
 ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
@@ -77,8 +79,9 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     )),
     ("Speed", (
         Panel("Step", "s", (("{{run}} {{phase}} mean", _mean(_STEP)), ("{{run}} {{phase}} p95", _high(_STEP)))),
-        Panel("Attack and hook, of a step", "s", (
-              ("{{run}} {{phase}} attack", _mean(_ATTACK)), ("{{run}} {{phase}} hook", _mean(_HOOK)))),
+        Panel("Attack, hook and decoding, of a step", "s", (
+              ("{{run}} {{phase}} attack", _mean(_ATTACK)), ("{{run}} {{phase}} hook", _mean(_HOOK)),
+              ("{{run}} {{phase}} decoding", _mean(_DECODE)))),
         Panel("Examples a second", "short", (
               (_BY_PHASE, "max by (run, phase) (rate(distrobust_samples_total[5m]))"),)),
     )),
@@ -93,8 +96,8 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
               ("{{run}} {{phase}} dense sends less", f"clamp_max({_EVEN_DENSITY}, 1)")),
               help="Fraction of gradient coordinates sent; at the other one a step would send as much as dense."),
         Panel("Crossover: compression saves time on links slower than", "bps", ((_BY_PHASE, _EVEN_LINK),),
-              help="Bits a worker saves in a step over the seconds it spends on coding; decoding is not counted, nor "
-              "what overlaps with the backward pass. On a faster link dense is faster; 0 in a dense phase."),
+              help="Bits a worker saves in a step over the seconds it spends on coding and decoding, those that "
+              "overlap with the backward pass too. On a faster link dense is faster; 0 in a dense phase."),
     )),
     ("Health", (
         Panel("Time since the last step", "s", (
