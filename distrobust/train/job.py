@@ -27,7 +27,7 @@ from distrobust.comm.transport import Transport
 from distrobust.config import Config, DataConfig, PhaseConfig
 from distrobust.data import Shard, Source
 from distrobust.errors import CommError, ConfigError, DataError, DistrobustError
-from distrobust.metrics import Fanout, Sink, jsonl, tensorboard, weights_and_biases
+from distrobust.metrics import Fanout, OptionalSink, Sink, jsonl, tensorboard, weights_and_biases
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
 from distrobust.optim.schedules import Schedule, batch_factor
@@ -390,9 +390,10 @@ def _curves(config: Config, directory: RunDirectory) -> list[Sink]:
         return []
     sinks: list[Sink] = [JsonLines(directory.metrics)]
     if settings.tensorboard:
-        sinks.append(tensorboard.TensorBoard(directory.tensorboard))
+        sinks.append(OptionalSink("metrics.tensorboard", tensorboard.TensorBoard(directory.tensorboard)))
     if settings.wandb is not None:
-        sinks.append(weights_and_biases.WeightsAndBiases(settings.wandb, directory.path))
+        kept = weights_and_biases.WeightsAndBiases(settings.wandb, directory.path)
+        sinks.append(OptionalSink("metrics.wandb", kept))
     return sinks
 
 
@@ -400,7 +401,7 @@ def _exporter(config: Config, directory: RunDirectory) -> Exporter | None:
     if config.metrics.port is None:
         return None
     rank = dist.get_rank()
-    return Exporter(
+    exporter = Exporter(
         directory.path.name,
         rank,
         host=config.metrics.host,
@@ -409,3 +410,6 @@ def _exporter(config: Config, directory: RunDirectory) -> Exporter | None:
         file_sd=directory.targets,
         linger_s=config.metrics.linger_s,
     )
+    if exporter.notice:
+        _log.warning(exporter.notice)
+    return exporter

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,14 @@ def test_a_run_leaves_its_log_and_nothing_that_was_not_asked_for(make_config: Ma
     assert "train from step 0 of 8, 1 ranks" in texts
     left = {path.name for path in config.run.dir.iterdir()}
     assert left == {"config.yaml", "metrics.jsonl", "outcome.json", "logs", "stacks", "checkpoints", "models"}
+
+
+def test_a_port_that_is_taken_is_in_the_log_of_its_rank(make_config: MakeConfig) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = make_config(f"metrics.port={port}", "pretrain=null", "train.epochs=1")
+        run_job(config)
+    texts = [line["text"] for line in _lines(config.run.dir / "logs", 0) if line["level"] == "WARNING"]
+    assert any(text.startswith(f"metrics port {port} is not available") for text in texts)
