@@ -84,7 +84,7 @@ def train(file: Path, overrides: tuple[str, ...], launcher: str | None) -> None:
 
 def _launch(config: Config, directory: RunDirectory) -> Outcome:
     """Starts the workers from this process and waits for them."""
-    from distrobust.train import launch
+    from distrobust.train import launch, stall
 
     launcher = config.cluster.launcher
     if launcher == "local":
@@ -94,7 +94,7 @@ def _launch(config: Config, directory: RunDirectory) -> Outcome:
         if launcher == "local":
             with _console() as console:
                 return launch.run_here(config, console)
-        with _followed(directory):
+        with _followed(directory), stall.named(directory.stacks):
             if launcher == "torchrun":
                 return launch.spawn_torchrun(config)
             from distrobust.cluster.ray_train import run_on_ray

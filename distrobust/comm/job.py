@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from torch.futures import Future
@@ -13,7 +14,8 @@ from distrobust.comm.transport import Local, Request, Transport
 class Job:
     """`done`: there is a `mean`, or an `error`.
 
-    An error is kept as a value: an exception in a callback would reach the caller as text only.
+    An error is kept as a value: an exception in a callback would reach the caller as text only. `decode_s`: host time
+    from the last answer to the mean.
     """
 
     def __init__(self, bucket: Bucket, exchange: Exchange, num_hops: int, transport: Transport) -> None:
@@ -21,6 +23,7 @@ class Job:
         self.hops_left = num_hops
         self.mean: Mean | None = None
         self.error: Exception | None = None
+        self.decode_s = 0.0
         device = bucket.flat.device
         self.done: Future[Any] = Future(devices=[device] if device.type == "cuda" else None)
         self._exchange = exchange
@@ -53,9 +56,11 @@ class Job:
     def _finish(self, hop: Future[Any]) -> None:
         error: Exception | None = None
         try:
-            self._exchange.send(hop.value())
+            received, started = hop.value(), time.perf_counter()
+            self._exchange.send(received)
         except StopIteration as result:
             self.mean = result.value
+            self.decode_s = time.perf_counter() - started
         except Exception as failed:
             error = failed
         self._close(error)

@@ -54,8 +54,9 @@ class Compression:
     """State of the communication hook, keyed by parameter name. Made by `distrobust.compress`.
 
     `step`: optimizer steps seen, skipped ones included. `skipped`: the last backward met a non-finite gradient on some
-    rank. `seconds`: host time spent in the hook so far, without waiting and decoding. `handed_over_at`:
-    when the last bucket of the last backward was issued, by time.perf_counter. `error`: why that backward failed.
+    rank. `seconds`: host time spent in the hook so far, without waiting and decoding; `decode_seconds`: on what came
+    back, buckets that are decoded at the same time added up. `handed_over_at`: when the last bucket of the last
+    backward was issued, by time.perf_counter. `error`: why that backward failed.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Compression:
         self.dense_bytes = 0
         self.seconds = 0.0
         self.handed_over_at = 0.0
+        self.decode_seconds = 0.0
         self.error: Exception | None = None
 
     @property
@@ -200,7 +202,9 @@ class Compression:
             for job in current.jobs:
                 if job.error is not None:
                     raise job.error
+            started = time.perf_counter()
             self._apply(current)
+            self.decode_seconds += sum(job.decode_s for job in current.jobs) + time.perf_counter() - started
         except Exception as error:
             self.error = error
             current.done.set_exception(error)

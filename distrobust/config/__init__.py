@@ -303,6 +303,10 @@ class MetricsConfig(Section):
     """Where the exporter listens."""
     linger_s: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds the exporter stays after the end, so that the last values are scraped."""
+    tensorboard: bool = False
+    """Curves for TensorBoard in RUN/tensorboard; needs distrobust[tensorboard]."""
+    wandb: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] | None = None
+    """A project of Weights & Biases, kept in RUN/wandb: nothing is sent; needs distrobust[wandb]. null: none."""
 
 
 class CheckpointConfig(Section):

@@ -36,7 +36,8 @@ class ClusterConfig(Section):
     start_timeout_s: Seconds = 60.0
     """How long an existing cluster may take to answer and to have what the workers need; then it is an error."""
     timeout_s: Positive = 120.0
-    """A collective that takes longer is an error on every rank that is still alive."""
+    """A collective that takes longer is an error on every rank that is still alive; half of it without a step, and each
+    leaves its stacks in RUN/stacks."""
     health_check_s: Positive = 0.5
     """Seconds between Ray's looks at its workers: how soon a dead one is noticed."""
     max_failures: Annotated[int, Field(ge=0)] = 3

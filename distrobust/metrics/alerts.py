@@ -34,9 +34,10 @@ ALERTS = (
         0,
         "critical",
         "Run {{ $labels.run }} has not finished a step for five minutes.",
-        "A worker that died stops the others until cluster.timeout_s: look for restarting pods, then at the workers' "
-        "logs. Records come every metrics.every steps: lower it if those take longer than five minutes. Scoring "
-        "held-out images after an epoch counts too: evaluate.held_out_images limits it.",
+        "A worker that died or hangs stops the others until cluster.timeout_s: look for restarting pods, then where "
+        "each rank is (RUN/stacks, after half of that time) and what it said (RUN/logs). Records come every "
+        "metrics.every steps: lower it if those take longer than five minutes. Scoring held-out images "
+        "after an epoch counts too: evaluate.held_out_images limits it.",
     ),
     Alert(
         "DistrobustNonFiniteSteps",
@@ -72,7 +73,7 @@ ALERTS = (
         0,
         "critical",
         "Run {{ $labels.run }} cannot write checkpoints; a restart would lose everything since the last one.",
-        "The notice in the log says why: a full or read-only claim, most often. Make room; training goes on meanwhile.",
+        "RUN/logs say why: a full or read-only claim, most often. Make room; training goes on meanwhile.",
     ),
     Alert(
         "DistrobustExporterDown",
@@ -80,8 +81,8 @@ ALERTS = (
         120,
         "warning",
         "{{ $labels.instance }} does not answer Prometheus.",
-        "Is the pod running, does a network policy let Prometheus in, and did the exporter take another port? Its log "
-        "and RUN/prometheus/ say which.",
+        "Is the pod running, does a network policy let Prometheus in, and did the exporter take another port? "
+        "RUN/logs and RUN/prometheus say which.",
     ),
     Alert(
         "DistrobustExporterMissing",

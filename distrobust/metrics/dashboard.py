@@ -1,7 +1,7 @@
 """The Grafana dashboard, from the table of metrics: one line here is one panel.
 
-Rows go from what a run is for to why it may be slow or ill. Every panel's help is that of its first metric in
-table.py, so a panel cannot speak of a metric that is not there: building it would fail.
+Rows go from what a run is for to why it may be slow or ill. A panel's help is that of its first metric in
+table.py unless it has its own; it cannot speak of a metric that is not there: building it would fail.
 """
 
 import json
@@ -20,7 +20,7 @@ _HISTOGRAM = re.compile(r"_(bucket|sum|count)$")
 class Panel:
     """`queries`: (legend, expression); METRIC stands in an expression as `distrobust_name`, selected by run.
 
-    `unit` is Grafana's: s, bytes, Bps, percentunit, or short for plain numbers.
+    `unit` is Grafana's: s, bytes, Bps, bps (bits), percentunit, or short for plain numbers.
     """
 
     title: str
@@ -28,6 +28,7 @@ class Panel:
     queries: tuple[tuple[str, str], ...]
     kind: str = "timeseries"
     width: int = 8
+    help: str | None = None
 
 
 def _mean(metric: str) -> str:
@@ -40,9 +41,24 @@ def _high(metric: str) -> str:
     return f"histogram_quantile(0.95, sum by (run, phase, le) (rate({metric}_bucket[5m])))"
 
 
-_STEP, _ATTACK, _HOOK = "distrobust_step_seconds", "distrobust_attack_seconds", "distrobust_comm_hook_seconds"
+_STEP, _ATTACK = "distrobust_step_seconds", "distrobust_attack_seconds"
+_HOOK, _DECODE = "distrobust_comm_hook_seconds", "distrobust_comm_decode_seconds"
 _SENT, _DENSE = "distrobust_comm_sent_bytes_total", "distrobust_comm_dense_bytes_total"
 _BY_PHASE = "{{run}} {{phase}}"
+
+
+def _rate(metric: str) -> str:
+    """Of a counter, added up over ranks, over five minutes."""
+    return f"sum by (run, phase) (rate({metric}[5m]))"
+
+
+# of bytes: what a step would send at another density is taken to be proportional to it
+_EVEN_DENSITY = f"max by (run, phase) (distrobust_comm_density_ratio) * {_rate(_DENSE)} / ({_rate(_SENT)} > 0)"
+# of time: bits saved in a step of one worker over the seconds it takes to save them
+_EVEN_LINK = (
+    f"8 * clamp_min({_rate(_DENSE)} - {_rate(_SENT)}, 0)"
+    f" / ({_rate('distrobust_steps_total')} * ({_mean(_HOOK)} + {_mean(_DECODE)}))"
+)
 
 ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     ("Progress", (
@@ -63,18 +79,25 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     )),
     ("Speed", (
         Panel("Step", "s", (("{{run}} {{phase}} mean", _mean(_STEP)), ("{{run}} {{phase}} p95", _high(_STEP)))),
-        Panel("Attack and hook, of a step", "s", (
-              ("{{run}} {{phase}} attack", _mean(_ATTACK)), ("{{run}} {{phase}} hook", _mean(_HOOK)))),
+        Panel("Attack, hook and decoding, of a step", "s", (
+              ("{{run}} {{phase}} attack", _mean(_ATTACK)), ("{{run}} {{phase}} hook", _mean(_HOOK)),
+              ("{{run}} {{phase}} decoding", _mean(_DECODE)))),
         Panel("Examples a second", "short", (
               (_BY_PHASE, "max by (run, phase) (rate(distrobust_samples_total[5m]))"),)),
     )),
     ("Network", (
         Panel("Sent, all workers", "Bps", (
-              ("{{run}} {{phase}} sent", f"sum by (run, phase) (rate({_SENT}[5m]))"),
-              ("{{run}} {{phase}} dense", f"sum by (run, phase) (rate({_DENSE}[5m]))"))),
+              ("{{run}} {{phase}} sent", _rate(_SENT)),
+              ("{{run}} {{phase}} dense", _rate(_DENSE)))),
         Panel("Times fewer bytes than dense, so far", "short", (
               (_BY_PHASE, f"sum by (run, phase) ({_DENSE}) / (sum by (run, phase) ({_SENT}) > 0)"),)),
-        Panel("Density", "percentunit", ((_BY_PHASE, "max by (run, phase) (distrobust_comm_density_ratio)"),)),
+        Panel("Density, and at which dense sends less", "percentunit", (
+              (_BY_PHASE, "max by (run, phase) (distrobust_comm_density_ratio)"),
+              ("{{run}} {{phase}} dense sends less", f"clamp_max({_EVEN_DENSITY}, 1)")),
+              help="Fraction of gradient coordinates sent; at the other one a step would send as much as dense."),
+        Panel("Crossover: compression saves time on links slower than", "bps", ((_BY_PHASE, _EVEN_LINK),),
+              help="Bits a worker saves in a step over the seconds it spends on coding and decoding, those that "
+              "overlap with the backward pass too. On a faster link dense is faster; 0 in a dense phase."),
     )),
     ("Health", (
         Panel("Time since the last step", "s", (
@@ -162,7 +185,7 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
     return {
         "type": panel.kind,
         "title": panel.title,
-        "description": _HELP[first],
+        "description": panel.help or _HELP[first],
         "id": number,
         "gridPos": {"h": 8, "w": panel.width, "x": x, "y": y},
         "datasource": _SOURCE,

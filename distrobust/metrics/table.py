@@ -77,6 +77,8 @@ TABLE: tuple[Metric, ...] = (
            "Part of a step spent making adversarial examples, sampled.", SECONDS),
     Metric("distrobust_comm_hook_seconds", "histogram", "seconds", "step", "hook_s", PHASE,
            "Part of a step spent accumulating, selecting and coding gradients; without waiting and decoding.", SECONDS),
+    Metric("distrobust_comm_decode_seconds", "histogram", "seconds", "step", "decode_s", PHASE,
+           "Part of a step spent decoding and applying what the ranks sent, overlaps added up.", SECONDS),
     # Bytes between ranks.
     Metric("distrobust_comm_sent_bytes_total", "counter", "bytes", "step", "sent_bytes", PHASE,
            "Bytes this rank handed to the transport."),

@@ -27,11 +27,11 @@ from distrobust.comm.transport import Transport
 from distrobust.config import Config, DataConfig, PhaseConfig
 from distrobust.data import Shard, Source
 from distrobust.errors import CommError, ConfigError, DataError, DistrobustError
-from distrobust.metrics import Fanout, Sink, jsonl
+from distrobust.metrics import Fanout, OptionalSink, Sink, jsonl, tensorboard, weights_and_biases
 from distrobust.metrics.jsonl import JsonLines
 from distrobust.metrics.prometheus import Exporter
 from distrobust.optim.schedules import Schedule, batch_factor
-from distrobust.train import checkpoint, interface, loop, scoring, transfer
+from distrobust.train import checkpoint, interface, logs, loop, scoring, stall, transfer
 from distrobust.train.checkpoint import Position
 from distrobust.train.faults import Faults
 from distrobust.train.modelfile import (
@@ -65,15 +65,19 @@ def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcom
     earlier = directory.outcome()
     if earlier is not None and earlier.status == "failed":
         return earlier  # restarted after an error that a restart does not mend
-    sinks = Fanout()
+    sinks, rank = Fanout(), dist.get_rank()
     try:
-        starts = _earlier_starts(directory)
-        exporter = _exporter(config, directory)
-        lines = [JsonLines(directory.metrics)] if dist.get_rank() == 0 else []
-        sinks = Fanout(*lines, *([exporter] if exporter else []), *extra_sinks)
-        notices = [exporter.notice] if exporter and exporter.notice else []
-        with stop_requests(directory) as stop_requested:
-            outcome = _Job(config, device, directory, sinks, stop_requested, starts, notices).run()
+        with (
+            logs.kept(directory.logs, rank),
+            stall.named(directory.stacks),
+            stall.watched(directory.stacks, rank, config.cluster.timeout_s / 2) as watch,
+            stop_requests(directory) as stop_requested,
+        ):
+            starts = _earlier_starts(directory)
+            exporter = _exporter(config, directory)
+            sinks = Fanout(*_curves(config, directory), *([exporter] if exporter else []), *extra_sinks)
+            notices = [exporter.notice] if exporter and exporter.notice else []
+            outcome = _Job(config, device, directory, sinks, stop_requested, starts, notices, watch.beat).run()
     except CommError:
         raise
     except (DistrobustError, OSError) as error:
@@ -82,7 +86,7 @@ def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcom
         return outcome
     finally:
         sinks.close()
-    if dist.get_rank() == 0:
+    if rank == 0:
         directory.write_outcome(outcome)
     return outcome
 
@@ -96,6 +100,7 @@ class _Job:
     stop_requested: Callable[[], bool]
     earlier_starts: int
     notices: list[str]
+    beat: Callable[[], None]
 
     def run(self) -> Outcome:
         started = time.perf_counter()
@@ -140,6 +145,7 @@ class _Job:
             state = self._state(net, Position(ordinal, name, 0), phase)
             if restored is not None and restored.position.ordinal == ordinal:
                 state.load(restored)
+            _log.info("%s from step %d of %d, %d ranks", name, state.position.step, phase.recipe.num_steps, num_ranks)
             self._emit(
                 {
                     "event": "phase",
@@ -237,6 +243,7 @@ class _Job:
             self._emit,
             self.stop_requested,
             lambda net: export(net, MODEL_NAMES[name] + BEST),
+            self.beat,
             faults=self._faults(train.rank),
         )
 
@@ -317,6 +324,7 @@ class _Job:
                     batch_size=settings.batch_size,
                     seed=self.config.run.seed,
                     transport=Transport(),
+                    beat=self.beat,
                 )
                 self._emit(
                     {
@@ -378,11 +386,29 @@ def _earlier_starts(directory: RunDirectory) -> int:
     return sum(record["event"] == "run" for record in jsonl.read(directory.metrics))
 
 
+def _curves(config: Config, directory: RunDirectory) -> list[Sink]:
+    """Rank 0's files of records. ConfigError on every rank alike where one of them needs what is not installed."""
+    settings = config.metrics
+    if settings.tensorboard:
+        tensorboard.require()
+    if settings.wandb is not None:
+        weights_and_biases.require(settings.wandb)
+    if dist.get_rank() != 0:
+        return []
+    sinks: list[Sink] = [JsonLines(directory.metrics)]
+    if settings.tensorboard:
+        sinks.append(OptionalSink("metrics.tensorboard", tensorboard.TensorBoard(directory.tensorboard)))
+    if settings.wandb is not None:
+        kept = weights_and_biases.WeightsAndBiases(settings.wandb, directory.path)
+        sinks.append(OptionalSink("metrics.wandb", kept))
+    return sinks
+
+
 def _exporter(config: Config, directory: RunDirectory) -> Exporter | None:
     if config.metrics.port is None:
         return None
     rank = dist.get_rank()
-    return Exporter(
+    exporter = Exporter(
         directory.path.name,
         rank,
         host=config.metrics.host,
@@ -391,3 +417,6 @@ def _exporter(config: Config, directory: RunDirectory) -> Exporter | None:
         file_sd=directory.targets,
         linger_s=config.metrics.linger_s,
     )
+    if exporter.notice:
+        _log.warning(exporter.notice)
+    return exporter

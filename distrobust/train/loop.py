@@ -42,6 +42,11 @@ class _Window:
 
     results: list[StepResult] = field(default_factory=list)
     hook_s: float = 0.0
+    decode_s: float = 0.0
+
+    @staticmethod
+    def begin(state: TrainState) -> _Window:
+        return _Window(hook_s=state.compression.seconds, decode_s=state.compression.decode_seconds)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Phase:
     stop_requested: Callable[[], bool]
     keep_best: Callable[[nn.Module], None]
     """Called on every rank with the best model so far, if the phase stops early."""
+    beat: Callable[[], None]
+    """Called whenever this rank gets on (stall.py)."""
     faults: Faults | None = None
 
     @property
@@ -96,7 +103,7 @@ def run_phase(state: TrainState, phase: Phase) -> End:
 
 def _run_steps(state: TrainState, phase: Phase) -> End:
     per_epoch, total = phase.steps_per_epoch, phase.recipe.num_steps
-    window = _Window(hook_s=state.compression.seconds)
+    window = _Window.begin(state)
     device = next(state.net.parameters()).device
     while state.position.step < total and not _is_over(state, phase):
         epoch, first = divmod(state.position.step, per_epoch)
@@ -107,12 +114,13 @@ def _run_steps(state: TrainState, phase: Phase) -> End:
             state.position = dataclasses.replace(state.position, step=state.position.step + 1)
             state.samples += phase.settings.batch_size
             window.results.append(result)
+            phase.beat()
             _check_skipped(state, phase)
             step = state.position.step
             at_epoch_end, stop = step % per_epoch == 0, False
             if step % phase.config.metrics.every == 0 or at_epoch_end:
                 stop = _heartbeat(state, phase, window)
-                window = _Window(hook_s=state.compression.seconds)
+                window = _Window.begin(state)
             attack = phase.recipe.attack
             if attack is not None and (at_epoch_end or step % (attack.watch_every or per_epoch) == 0):
                 _watch(state, phase, attack)
@@ -224,6 +232,7 @@ def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
             "step_s": sum(result.step_s for result in results) / len(results),
             "attack_s": sum(result.attack_s for result in results) / len(results),
             "hook_s": (compression.seconds - window.hook_s) / len(results),
+            "decode_s": (compression.decode_seconds - window.decode_s) / len(results),
             "residual_norm_ratio": compression.residual_norm_ratio(),
             "nonfinite_steps": compression.skipped_steps,
             "layer_lr_ratio": mean_by_layer(last.ratios),
@@ -277,6 +286,7 @@ def _held_out_score(
         batch_size=phase.config.evaluate.batch_size,
         seed=phase.config.run.seed,
         transport=state.compression.settings.transport,
+        beat=phase.beat,
     )
 
 

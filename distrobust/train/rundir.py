@@ -2,9 +2,12 @@
 
     config.yaml      the resolved configuration
     metrics.jsonl    one record a line
+    logs/            rank-N.jsonl: what the rank's loggers said, see logs.py
+    stacks/          where ranks were when none got on, see stall.py
     checkpoints/     see checkpoint.py
     models/          pre-trained.pt, fine-tuned.pt: weights to evaluate or to start from
     prometheus/      one file_sd target list per rank
+    tensorboard/, wandb/    if metrics.tensorboard, metrics.wandb
     report.html
     lock             held by the start that is running
     faults/          which injected faults have struck, if any were asked for
@@ -53,6 +56,9 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.models = path / "models"
         self.targets = path / "prometheus"
+        self.tensorboard = path / "tensorboard"
+        self.logs = path / "logs"
+        self.stacks = path / "stacks"
         self.stop = path / "stop"
         self.faults = path / "faults"
         self._outcome = path / "outcome.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -53,10 +53,20 @@ def distributed_score(
     batch_size: int,
     seed: int,
     transport: Transport,
+    beat: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Score over `limit` rows (0: all) of all ranks' shards, the same rows whatever the number of ranks."""
+    """Score over `limit` rows (0: all) of all ranks' shards, the same rows whatever the number of ranks.
+
+    beat: called with every batch of this rank.
+    """
     indices = itertools.count(transport.rank, transport.num_ranks)
-    counts = count_correct(net, spaced_rows(shard, limit, batch_size), attack, threat, seed, indices=indices)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in spaced_rows(shard, limit, batch_size):
+            yield batch
+            beat()
+
+    counts = count_correct(net, batches(), attack, threat, seed, indices=indices)
     num_classes = shard.source.num_classes
     device = next(net.parameters()).device
     rows = transport.gather_rows(counts.pack(num_classes).to(device))

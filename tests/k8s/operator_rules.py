@@ -1,6 +1,7 @@
 """What the KubeRay operator refuses although its schema allows it, and what Kueue refuses of a RayJob.
 
-Written down from the operator's validation; read, not tried on a cluster.
+Written down from the operator's validation (ray-operator/controllers/ray/utils/validation.go), as far as it concerns
+what a manifest of ours could say; read, not tried on a cluster.
 """
 
 import re
@@ -27,6 +28,12 @@ def _job(job: dict[str, Any]) -> Iterator[str]:
         yield "SidecarMode has no submitter pod"
     if "clusterSelector" in spec and spec.get("backoffLimit", 0):
         yield "backoffLimit does not go with clusterSelector"
+    if spec.get("submissionMode") == "InteractiveMode" and spec.get("backoffLimit", 0):
+        yield "backoffLimit does not go with InteractiveMode"
+    if spec.get("suspend") and not spec.get("shutdownAfterJobFinishes"):
+        yield "only a job that shuts its cluster down can be suspended"
+    if spec.get("activeDeadlineSeconds", 1) <= 0 or spec.get("backoffLimit", 0) < 0:
+        yield "activeDeadlineSeconds is above 0, backoffLimit at least 0"
     if QUEUE_LABEL in job["metadata"].get("labels", {}):
         if not spec.get("shutdownAfterJobFinishes") or "clusterSelector" in spec:
             yield "Kueue wants a cluster of the job's own, shut down with it"
@@ -43,6 +50,12 @@ def _cluster(cluster: dict[str, Any]) -> Iterator[str]:
             yield "replicas lies between minReplicas and maxReplicas"
     for group in [*groups, cluster["headGroupSpec"]] if cluster else []:
         started = group.get("rayStartParams", {})
+        containers = group["template"]["spec"]["containers"]
+        if not containers:
+            yield "a group has at least one container"
+        named = {variable["name"] for container in containers[:1] for variable in container.get("env", ())}
+        if {"RAY_REDIS_ADDRESS", "REDIS_USERNAME"} & named or "redis-username" in started:
+            yield "Redis is configured by gcsFaultToleranceOptions"
         if {"num-cpus", "num-gpus", "memory", "resources"} & started.keys() and group.get("resources"):
             yield "resources are said in rayStartParams or in the group, not in both"
         if "labels" in started:

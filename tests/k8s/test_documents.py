@@ -205,7 +205,9 @@ def test_plain_prometheus_scrapes_the_same_job_from_where_runs_leave_their_addre
     assert job["job_name"] == alerts.JOB
     assert settings["global"]["scrape_interval"] == f"{alerts.SCRAPE_S}s"
     assert all((K8S / "monitoring" / name).exists() for name in settings["rule_files"])
-    [pattern] = job["file_sd_configs"][0]["files"]
+    [discovery] = job["file_sd_configs"]
+    assert discovery["refresh_interval"] == settings["global"]["scrape_interval"]
+    [pattern] = discovery["files"]
     loaded = config.parse(job_file(run_documents(EXAMPLE, None)), "job.yaml")
     assert (loaded.run.dir / "prometheus/rank-0.json").match(pattern)
 

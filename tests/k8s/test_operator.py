@@ -34,6 +34,12 @@ BREAKS: list[tuple[str, Break]] = [
     ("not in both", lambda job: _workers(job).update(resources={"CPU": "1"})),
     ("labels are", lambda job: _workers(job)["rayStartParams"].update(labels="a=b")),
     ("needs rayVersion 2.52", lambda job: job["spec"]["rayClusterSpec"].update(rayVersion="2.51.0")),
+    ("InteractiveMode", lambda job: job["spec"].update(submissionMode="InteractiveMode")),
+    ("can be suspended", lambda job: job["spec"].update(suspend=True, shutdownAfterJobFinishes=False)),
+    ("above 0", lambda job: job["spec"].update(activeDeadlineSeconds=0)),
+    ("at least 0", lambda job: job["spec"].update(backoffLimit=-1)),
+    ("at least one container", lambda job: _workers(job)["template"]["spec"].update(containers=[])),
+    ("Redis", lambda job: _workers(job)["rayStartParams"].update({"redis-username": "a"})),
     ("shut down with it", lambda job: job["spec"].update(shutdownAfterJobFinishes=False, ttlSecondsAfterFinished=0)),
     ("autoscaling", lambda job: job["spec"]["rayClusterSpec"].update(enableInTreeAutoscaling=True)),
 ]

@@ -24,7 +24,8 @@ def step(number: int = 10, **changes: Any) -> dict[str, Any]:
     record: dict[str, Any] = {
         "event": "step", "time": 1e9, "phase": "train", "step": number, "epoch": 0.1, "loss": 1.5, "accuracy": 0.4,
         "lr": 0.1, "eps": 8 / 255, "density": 0.001, "sent_bytes": 10 * number, "dense_bytes": 1000 * number,
-        "step_s": 0.2, "attack_s": 0.08, "hook_s": 0.02, "residual_norm_ratio": 7.0, "nonfinite_steps": 0,
+        "step_s": 0.2, "attack_s": 0.08, "hook_s": 0.02, "decode_s": 0.01,
+        "residual_norm_ratio": 7.0, "nonfinite_steps": 0,
         "layer_lr_ratio": {"stem": 0.9, "head": 1.1}, "layer_noise": {"stem": 2.5, "head": 0.4}, "samples": 64 * number,
     }  # fmt: skip
     return record | changes

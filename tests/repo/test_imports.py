@@ -57,9 +57,11 @@ LIBRARIES = {  # the only rooms that may import them, at any depth of the code
     "pyarrow": {"data"},
     "transformers": {"models"},
     "timm": {"models"},
+    "tensorboard": {"metrics"},
+    "wandb": {"metrics"},
     "safetensors": {"models"},
 }
-ONE_FILE = {"transformers": "huggingface.py", "timm": "timm.py"}  # and in it only
+ONE_FILE = {"transformers": "huggingface.py", "timm": "timm.py", "wandb": "weights_and_biases.py"}  # and in it only
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -276,3 +276,11 @@ def test_the_outcome_is_on_disk(make_config: MakeConfig) -> None:
     config = make_config()
     run_job(config)
     assert json.loads((config.run.dir / "outcome.json").read_text())["status"] == "done"
+
+
+def test_coding_and_decoding_are_parts_of_a_step(make_config: MakeConfig) -> None:
+    config = make_config("pretrain=null")
+    run_job(config)
+    records = records_of(config, "step")
+    assert all(record["hook_s"] > 0 and record["decode_s"] > 0 for record in records)
+    assert all(record["hook_s"] + record["decode_s"] < record["step_s"] for record in records)
