@@ -27,8 +27,9 @@ from distrobust import models
 from distrobust.errors import ConfigError, DataError
 from distrobust.federated import checkpoint, dataset
 from distrobust.federated.buffered import Buffered
+from distrobust.federated.rounds import run
 from distrobust.federated.settings import SimulateConfig
-from distrobust.federated.simulate import Simulation, run
+from distrobust.federated.simulate import Simulation
 from distrobust.metrics import jsonl
 from distrobust.metrics.jsonl import JsonLines
 
