@@ -37,6 +37,6 @@ def check(config: SimulateConfig, links: Links, partition: Partition, dense_byte
         down, rest = down_s[fastest], rest_s[fastest]
         raise ConfigError(
             f"rounds.deadline_s: got {deadline_s:g}, which none of {len(clients):,} clients can meet; wanted more than "
-            f"{needed_s[fastest]:.4g}: the fastest, client {fastest}, needs {down:.3g} s to download and {rest:.3g} s to "
-            "train and upload; raise it, make links faster, or compress with upload and download"
+            f"{needed_s[fastest]:.4g}: the fastest, client {fastest}, needs {down:.3g} s to download and {rest:.3g} s "
+            "to train and upload; raise it, make links faster, or compress with upload and download"
         )
