@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import platform
 import shutil
 import signal
 import threading
@@ -20,12 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from distrobust import __version__, models
 from distrobust import config as configuration
-from distrobust import models
 from distrobust.errors import ConfigError, DataError
-from distrobust.federated import checkpoint, dataset
+from distrobust.federated import checkpoint, dataset, evaluation
 from distrobust.federated.buffered import Buffered
 from distrobust.federated.rounds import run
 from distrobust.federated.settings import SimulateConfig
@@ -58,6 +60,7 @@ def command(config: SimulateConfig, say: Say) -> bool:
         _forget_records(directory / "metrics.jsonl", simulation.round)
         records = JsonLines(directory / "metrics.jsonl")
         stack.callback(records.close)
+        records.write(_begun(simulation))
         if continued:
             say(f"continues after round {simulation.round}")
         if simulation.network.fallback and config.execute.executor == "batched":
@@ -162,16 +165,31 @@ class _Table:
         )
 
 
+def _begun(simulation: Simulation) -> dict[str, Any]:
+    return {
+        "event": "simulation",
+        "time": time.time(),
+        "num_clients": simulation.partition.num_clients,
+        "num_parameters": simulation.network.spec.n,
+        "first_round": simulation.round,
+        "config": simulation.config.model_dump(mode="json"),
+        "versions": {"distrobust": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
 def _summary(simulation: Simulation, test: dataset.Rows, updates_per_s: float, host_s: float) -> dict[str, Any]:
     """updates_per_s, host_s: of this start."""
     totals = dataclasses.asdict(simulation.totals)
-    personal = simulation.personal()
+    personal, scores = simulation.personal(), simulation.accuracies(test)
+    own = evaluation.of_clients(scores["clean"], simulation.class_shares())
     return {
         "event": "summary",
         "time": time.time(),
         "rounds": simulation.round,
         "clock_s": simulation.clock_s,
-        "test": {name: dataclasses.asdict(one) for name, one in simulation.accuracies(test).items()},
+        "test": {name: dataclasses.asdict(one) for name, one in scores.items()},
+        "client_quantiles": np.nanquantile(own, evaluation.QUANTILES).tolist(),
+        "client_histogram": evaluation.histogram(own),
         "personal": dataclasses.asdict(personal) if personal is not None else None,
         "host_s": host_s,
         "updates_per_s": updates_per_s,

@@ -20,7 +20,7 @@ from distrobust.federated.settings import SimulateConfig
 
 NATURAL, ROBUST = Attack("none"), Attack("pgd", steps=20)
 SAMPLE = 1000  # clients whose accuracy is looked at
-BINS = 20  # of histograms of accuracies
+BINS = 50  # of histograms of accuracies
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 

@@ -13,7 +13,7 @@ from distrobust.federated.draws import Integers
 from distrobust.federated.server import WeightedMean
 from distrobust.federated.timeline import ARRIVED, LATE, LOST, SURPLUS, Course
 
-BANDS = 40  # of client numbers, in the record of who took part
+BANDS = 20  # of client numbers, in the record of who took part
 SUMMED = (
     *("updates", "late", "surplus", "lost", "nonfinite"),
     *("download_bytes", "upload_bytes", "wasted_download_bytes", "wasted_upload_bytes"),

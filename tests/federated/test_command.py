@@ -51,6 +51,7 @@ def test_the_launch_file_learns_digits_and_leaves_records(
     rounds = [record for record in records if record["event"] == "round"]
     (summary,) = [record for record in records if record["event"] == "summary"]
     assert [record["round"] for record in rounds] == list(range(30))
+    assert all(sum(record["took_part"]) == record["updates"] for record in rounds)
     accuracy = summary["test"]["clean"]["accuracy"]
     assert accuracy > 0.8
     assert f"clean {accuracy:.1%}" in text
