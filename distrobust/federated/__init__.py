@@ -23,6 +23,7 @@ patience.py      when there is no point in going on
 evaluation.py    accuracy over all rows, and for one client and another
 rounds.py        all rounds
 buffered.py      asynchronous ones (FedBuff)
+served.py        records for Prometheus
 checkpoint.py    everything between two rounds as one file
 command.py       a configuration file -> a run directory and lines for the terminal
 """

@@ -78,6 +78,6 @@ def identity(config: SimulateConfig) -> dict[str, Any]:
     """Everything that changes what a simulation does: not where it is kept, nor how its clients are run."""
     values = config.model_dump(mode="json")
     values["run"].pop("dir")
-    for harmless in ("execute", "evaluate"):
+    for harmless in ("execute", "evaluate", "metrics"):
         values.pop(harmless)
     return values

@@ -30,9 +30,10 @@ from distrobust.errors import ConfigError, DataError
 from distrobust.federated import checkpoint, dataset, evaluation
 from distrobust.federated.buffered import Buffered
 from distrobust.federated.rounds import run
+from distrobust.federated.served import Served
 from distrobust.federated.settings import SimulateConfig
 from distrobust.federated.simulate import Simulation
-from distrobust.metrics import jsonl
+from distrobust.metrics import Fanout, jsonl
 from distrobust.metrics.jsonl import JsonLines
 
 Say = Callable[[str], None]
@@ -58,9 +59,13 @@ def command(config: SimulateConfig, say: Say) -> bool:
         continued = checkpoint.load(simulation, directory)
         (directory / "config.yaml").write_text(configuration.dump(config))
         _forget_records(directory / "metrics.jsonl", simulation.round)
-        records = JsonLines(directory / "metrics.jsonl")
-        stack.callback(records.close)
-        records.write(_begun(simulation))
+        records = stack.enter_context(Fanout(JsonLines(directory / "metrics.jsonl")))
+        if config.metrics.port is not None:
+            served = Served(directory, config.metrics)
+            records.sinks = (*records.sinks, served)
+            if served.notice:
+                say(served.notice)
+        records.write(begun(simulation))
         if continued:
             say(f"continues after round {simulation.round}")
         if simulation.network.fallback and config.execute.executor == "batched":
@@ -165,7 +170,7 @@ class _Table:
         )
 
 
-def _begun(simulation: Simulation) -> dict[str, Any]:
+def begun(simulation: Simulation) -> dict[str, Any]:
     return {
         "event": "simulation",
         "time": time.time(),

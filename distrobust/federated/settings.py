@@ -226,6 +226,15 @@ class ExecuteConfig(Section):
     """Of what clients keep between rounds; what is beyond lies in memory-mapped files in the run directory."""
 
 
+class SimulatedMetricsConfig(Section):
+    port: Annotated[int, Field(ge=0, le=65535)] | None = 9400
+    """Prometheus; another free port if taken; 0: any; null: no exporter."""
+    host: str = "127.0.0.1"
+    """Where the exporter listens."""
+    linger_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Seconds the exporter stays after the end, so that the last values are scraped."""
+
+
 class SimulateConfig(Section):
     data: SimulatedDataConfig
     run: RunConfig = RunConfig()
@@ -247,6 +256,7 @@ class SimulateConfig(Section):
     """A personal model for every client at the end (FTFA and RTFA), next to the global one; null: none."""
     evaluate: SimulatedEvaluationConfig = SimulatedEvaluationConfig()
     execute: ExecuteConfig = ExecuteConfig()
+    metrics: SimulatedMetricsConfig = SimulatedMetricsConfig()
 
     @model_validator(mode="after")
     def _buffer_fits(self) -> SimulateConfig:
