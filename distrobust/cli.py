@@ -273,7 +273,10 @@ def simulate(file: Path, overrides: tuple[str, ...]) -> None:
     from distrobust.federated.command import command
 
     config = settings.load(file, overrides)
-    done = command(config, click.echo)
+    elsewhere: Any = None
+    if config.execute.actors is not None:
+        from distrobust.cluster.ray_clients import on_actors as elsewhere
+    done = command(config, click.echo, elsewhere)
     path = _report(config.run.dir)
     if path is not None:
         click.echo(f"report: {path}")

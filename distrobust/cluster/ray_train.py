@@ -11,14 +11,14 @@ import logging
 import math
 import os
 import signal
-import socket
 import threading
 import time
 from typing import Any
 
 from distrobust import config as configuration
+from distrobust.cluster.ray_session import check_resources, session
 from distrobust.config import Config
-from distrobust.errors import CommError, ConfigError
+from distrobust.errors import CommError
 from distrobust.train.launch import BACKENDS
 from distrobust.train.rundir import Outcome, RunDirectory
 
@@ -35,31 +35,12 @@ def run_on_ray(config: Config) -> Outcome:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     settings = config.cluster
-    private = settings.address is None
-    if settings.address is not None:
-        _check_address(settings.address)
-    import ray
-
-    if private:  # it tells every user that the cluster we start and stop ourselves is protected by a token
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    try:
-        ray.init(
-            address="local" if private else settings.address,
-            num_cpus=settings.workers * settings.threads if private else None,
-            include_dashboard=False if private else None,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            runtime_env={"env_vars": _environment(config)},
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "a private Ray" if private else f"cluster.address {settings.address}"
-        raise CommError(f"{where}: cannot be used ({' '.join(str(error).split())[:200]})") from None
     directory = RunDirectory(config.run.dir)
-    try:
-        _check_resources(config, ray.cluster_resources())
+    cpus = settings.workers * settings.threads
+    with session(settings.address, "cluster.address", cpus, _environment(config)):
+        wanted = {"CPU": cpus, "GPU": settings.workers if settings.gpu else 0}
+        check_resources(wanted, f"cluster: {settings.workers} workers|cluster.workers or cluster.threads")
         failure = _fit(config, directory)
-    finally:
-        ray.shutdown()
     outcome = directory.outcome()
     if outcome is not None:
         return outcome
@@ -68,32 +49,6 @@ def run_on_ray(config: Config) -> Outcome:
         f"Ray Train gave up after {settings.max_failures} restarts: {reason[:300]}; start again to continue from the "
         "last checkpoint"
     )
-
-
-def _check_address(address: str) -> None:
-    """Raises ConfigError if nobody listens at host:port: Ray itself would try for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():
-        return  # "auto", or a name that only Ray understands
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"cluster.address: got {address}, where no Ray head answers ({error}); start one there, or set it to null "
-            "for a private Ray on this machine"
-        ) from None
-
-
-def _check_resources(config: Config, available: dict[str, float]) -> None:
-    """Raises ConfigError if the cluster can never hold the workers: Ray would wait for the resources for ever."""
-    settings = config.cluster
-    wanted = {"CPU": settings.workers * settings.threads, "GPU": settings.workers if settings.gpu else 0}
-    for resource, amount in wanted.items():
-        if amount > available.get(resource, 0):
-            raise ConfigError(
-                f"cluster: {settings.workers} workers need {amount} {resource}, the Ray cluster has "
-                f"{available.get(resource, 0):g}; lower cluster.workers or cluster.threads, or add nodes"
-            )
 
 
 def _fit(config: Config, directory: RunDirectory) -> BaseException | None:

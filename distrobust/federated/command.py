@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,19 @@ from distrobust.federated.rounds import run
 from distrobust.federated.served import Served
 from distrobust.federated.settings import SimulateConfig
 from distrobust.federated.simulate import Simulation
+from distrobust.federated.work import Worker, Workers
 from distrobust.metrics import Fanout, jsonl
 from distrobust.metrics.jsonl import JsonLines
 
 Say = Callable[[str], None]
+Elsewhere = Callable[[Worker], AbstractContextManager[Workers]]
 
 
-def command(config: SimulateConfig, say: Say) -> bool:
-    """Runs everything, or continues what was stopped; `say` gets the lines for the terminal. False if stopped again."""
+def command(config: SimulateConfig, say: Say, on_actors: Elsewhere | None = None) -> bool:
+    """Runs everything, or continues what was stopped; `say` gets the lines for the terminal. False if stopped again.
+
+    on_actors: gives the work to execute.actors actors.
+    """
     torch.set_num_threads(config.execute.threads)
     data = dataset.load(config)
     test = dataset.load_test(config, data.source)
@@ -56,6 +61,8 @@ def command(config: SimulateConfig, say: Say) -> bool:
         stack.callback(shutil.rmtree, directory / "scratch", ignore_errors=True)
         kind = Buffered if config.rounds.buffer is not None else Simulation
         simulation = stack.enter_context(kind(config, data, module, directory / "scratch"))
+        if config.execute.actors is not None and on_actors is not None:
+            simulation.workers = stack.enter_context(on_actors(simulation.worker))
         continued = checkpoint.load(simulation, directory)
         (directory / "config.yaml").write_text(configuration.dump(config))
         _forget_records(directory / "metrics.jsonl", simulation.round)

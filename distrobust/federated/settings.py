@@ -221,9 +221,20 @@ class ExecuteConfig(Section):
     cohort: Count = 50
     """Clients trained, coded and checked together. Their models and gradients should fit into the processor's cache."""
     threads: Count = 1
-    """Of torch."""
+    """Of torch, in each process."""
+    actors: Count | None = None
+    """Ray actors to train on, each a cohort at a time, on one machine or several; null: in this process. Any number
+    gives the same bits."""
+    address: str | None = None
+    """actors only: address of an existing Ray cluster; null starts a private one on this machine."""
     memory_limit_bytes: Count = 512 * 1024**2
     """Of what clients keep between rounds; what is beyond lies in memory-mapped files in the run directory."""
+
+    @model_validator(mode="after")
+    def _address_needs_actors(self) -> ExecuteConfig:
+        if self.address is not None and self.actors is None:
+            raise ValueError(f"address {self.address} goes with a number of actors, got null")
+        return self
 
 
 class SimulatedMetricsConfig(Section):

@@ -61,7 +61,7 @@ class Worker:
     """images (rows, channels, height, width) and labels (rows,): of all clients."""
 
     def __init__(self, config: SimulateConfig, module: nn.Module, images: Tensor, labels: Tensor) -> None:
-        self.config, self.images, self.labels = config, images, labels
+        self.config, self.module, self.images, self.labels = config, module, images, labels
         self.network = network.network(module)
         if config.local.gradients == "target_projection":
             self.network = projected(module, self.network, config.run.seed)

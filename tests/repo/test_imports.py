@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_story": {"metrics"},
     "federated": {"adversarial", "compression", "config", "data", "metrics", "models", "optim"},
     "train": {"adversarial", "comm", "compression", "config", "data", "metrics", "models", "optim"},
-    "cluster": {"config", "metrics", "train"},
+    "cluster": {"config", "federated", "metrics", "train"},
     "k8s": {"config", "metrics"},
     "bench": {"comm", "compression", "config", "models"},
     "cli": {
