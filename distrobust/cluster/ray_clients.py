@@ -37,16 +37,18 @@ def on_actors(worker: Worker) -> Iterator[Workers]:
 
         remote = ray.remote(num_cpus=execute.threads, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Actor)
         config = worker.config.model_dump(mode="json")
-        arrays = [ray.put(array.numpy()) for array in (worker.images, worker.labels)]
-        module = ray.put(worker.module)
-        pool = _Pool([remote.remote(config, module, *arrays) for _ in range(execute.actors)])
+        shared = [ray.put(one) for one in (worker.module, worker.images.numpy(), worker.labels.numpy())]
+        pool = _Pool([remote.remote(config, shared) for _ in range(execute.actors)])
         yield pool.answers
 
 
 class Actor:
-    """A worker elsewhere."""
+    """A worker elsewhere. shared: references to its module, images and labels, which the simulation holds."""
 
-    def __init__(self, config: dict[str, Any], module: torch.nn.Module, images: Any, labels: Any) -> None:
+    def __init__(self, config: dict[str, Any], shared: list[Any]) -> None:
+        import ray
+
+        module, images, labels = ray.get(shared)
         with warnings.catch_warnings():  # both lie in Ray's shared memory, and nobody writes to them
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             parsed = settings.parse(config, "driver")

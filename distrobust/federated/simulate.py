@@ -198,21 +198,21 @@ class Simulation:
         counts = answer.counts
         counted = counts.nonzero().view(-1).tolist()
         kept = [clients[i] for i in counted]
-        if self.upload is None or answer.messages is None:
-            assert answer.updates is not None
-            received = answer.updates
+        needed, received = self.config.local.control_variates, answer.updates  # as the server reads them
+        if received is not None:
             for i in counted:
                 this.mean.add(None, received[i], *shares[i])
-        else:
-            received = torch.zeros(len(clients), self.network.spec.n)
+        elif self.upload is not None and answer.messages is not None:
+            received = torch.zeros(len(clients) if needed else 0, self.network.spec.n)
             for i, message in zip(counted, answer.messages, strict=True):
                 places, values = self.upload.decode(message, self.round)
-                received[i, places] = values
                 this.mean.add(places, values, *shares[i])
+                if needed:
+                    received[i, places] = values
             for vectors, state in ((self.residuals, answer.v), (self.velocities, answer.u)):
                 if state is not None:
                     vectors.write(kept, state[counts])
-        if self.config.local.control_variates:
+        if needed and received is not None:
             change = received / (answer.steps[:, None] * self.config.local.rate) - self.control
             self.controls.write(kept, (self.controls.read(clients) + change)[counts])
             this.control += change[counts].sum(0)
