@@ -3,7 +3,7 @@
     python benchmarks/federated_speed.py --peers DIR [--data CIFAR10] [--turns 3]
 
 4 steps of 16 on 64 rows each, one torch thread: an MLP of 9,610 parameters on digits, 100 clients a round, and the
-small group-norm CNN on CIFAR-10, 20 a round. Contenders are processes of their own that take turns, so that a noisy
+small group-norm CNN on CIFAR-10, 10 a round. Contenders are processes of their own that take turns, so that a noisy
 machine is noisy for all; Flower has two Ray actors, all others one process. Figures are medians over turns, of wall
 time; where the work is done in one process also of processor time, which other programs disturb less. --peers: a
 directory for the peers' packages, which is made if it is missing: an environment that shares this one's torch.
@@ -34,7 +34,7 @@ CASES: list[tuple[str, int, int, dict[str, int]]] = [  # model, registered, a ro
     ("mlp", 10_000, 100, {"batched": 30, "serial": 10, "pfl": 5}),
     ("mlp", 100_000, 100, {"batched": 30}),
     ("mlp", 1_000_000, 100, {"batched": 10}),
-    ("cnn_gn", 1_000, 20, {"batched": 1, "serial": 1, "pfl": 1}),
+    ("cnn_gn", 1_000, 10, {"batched": 1, "serial": 1, "pfl": 1}),
 ]
 LIMIT_S = 420
 
