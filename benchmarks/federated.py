@@ -50,9 +50,9 @@ ROBUST = {
     "adversarial": {"attack": {"eps": 0.1, "steps": 5}},
     "adversarial, both 5 %": {"attack": {"eps": 0.1, "steps": 5}, **METHODS["both 5 %"]},
 }
-TASKS: dict[str, dict[str, Any]] = {  # digits: too few rows to share out, so clients draw theirs
+TASKS: dict[str, dict[str, Any]] = {  # clients draw their rows: digits are too few to share out
     "digits": {"clients": {"rows": 64}, "local": {"batch_size": 16, "rate": 0.1}, "rounds": {"number": 150}},
-    "cifar10": {"local": {"batch_size": 32, "rate": 0.05}, "rounds": {"number": 20}},
+    "cifar10": {"clients": {"rows": 128}, "local": {"batch_size": 32, "rate": 0.05}, "rounds": {"number": 30}},
 }
 LEFT_OUT = {"digits": (), "cifar10": ("upload 1 %, no residual", "momentum 0.9 on the server, both 1 %")}  # for time
 ALPHAS = (0.1, 1.0)
@@ -126,8 +126,9 @@ def personal_models(task: str, path: Path, seeds: int, scratch: Path) -> list[di
         runs = []
         for seed in range(seeds):
             more: dict[str, Any] = {"personal": {"epochs": 5, "penalty": 0.1}, "rounds": {"number": PERSONAL_ROUNDS}}
-            if task == "digits":  # rows of their own: fewer clients
-                more |= {"clients": {"rows": None, "registered": 12 if alpha < 1 else 30, "per_round": 5}}
+            more["clients"] = {"rows": None}  # rows of their own
+            if task == "digits":
+                more["clients"] |= {"registered": 12 if alpha < 1 else 30, "per_round": 5}
             with simulation(task, path, alpha, seed, scratch, **more) as one:
                 alone = tuned(one, LOCAL_EPOCHS)
                 for _ in range(one.config.rounds.number):
