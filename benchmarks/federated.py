@@ -128,7 +128,7 @@ def personal_models(task: str, path: Path, seeds: int, scratch: Path) -> list[di
             more: dict[str, Any] = {"personal": {"epochs": 5, "penalty": 0.1}, "rounds": {"number": PERSONAL_ROUNDS}}
             more["clients"] = {"rows": None}  # rows of their own
             if task == "digits":
-                more["clients"] |= {"registered": 12 if alpha < 1 else 30, "per_round": 5}
+                more["clients"] |= {"registered": 10 if alpha < 1 else 30, "per_round": 5}
             with simulation(task, path, alpha, seed, scratch, **more) as one:
                 alone = tuned(one, LOCAL_EPOCHS)
                 for _ in range(one.config.rounds.number):

@@ -7,25 +7,37 @@ so there it is enough that the whole model arrives in one round's time, and all 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from distrobust.errors import ConfigError
 from distrobust.federated import batches
+from distrobust.federated.draws import Integers
 from distrobust.federated.links import Links
-from distrobust.federated.partition import Partition
 from distrobust.federated.settings import SimulateConfig
 
 
-def check(config: SimulateConfig, links: Links, partition: Partition, dense_bytes: int, upload_bytes: int) -> None:
-    """Raises ConfigError if rounds.deadline_s is below what the fastest client needs."""
+def check(
+    config: SimulateConfig,
+    links: Links,
+    num_clients: int,
+    rows_of: Callable[[int], Integers],
+    dense_bytes: int,
+    upload_bytes: int,
+) -> None:
+    """Raises ConfigError if rounds.deadline_s is below what the fastest client needs.
+
+    rows_of(client): those it trains on.
+    """
     deadline_s = config.rounds.deadline_s
     if deadline_s is None:
         return
-    clients = np.arange(partition.num_clients)
+    clients = np.arange(num_clients)
     if config.clients.rows is not None:
         examples = np.full(len(clients), batches.num_examples(config.clients.rows, config.local))
     else:
-        examples = np.array([batches.num_examples(len(partition.rows_of(c)), config.local) for c in clients.tolist()])
+        examples = np.array([batches.num_examples(len(rows_of(c)), config.local) for c in clients.tolist()])
     down_s, up_s = (
         links.latency_s(clients) + num_bytes / links.best_bytes_per_s(direction, clients)
         for direction, num_bytes in (("download", dense_bytes), ("upload", upload_bytes))

@@ -66,7 +66,8 @@ class Simulation:
         self.dense_bytes = 4 * n
         self.upload_bytes = self.upload.num_bytes if self.upload is not None else self.dense_bytes
         control = self.dense_bytes if config.local.control_variates else 0
-        deadline.check(config, self.links, self.partition, self.dense_bytes + control, self.upload_bytes)
+        trained_on = (self.partition.num_clients, lambda client: self.parts_of(client)[0])
+        deadline.check(config, self.links, *trained_on, self.dense_bytes + control, self.upload_bytes)
         self.message_bytes = [0]  # of all downloads before round 0, 1, ...
         self.last_seen: dict[int, int] = {}  # the round whose model a client has
         kept = (

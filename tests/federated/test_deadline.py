@@ -35,6 +35,7 @@ def bound(simulate: Simulate, **sections: Any) -> float:
         {"links": SLOW, "upload": {"density": 0.01}},
         {"clients": {**CLIENTS, "rows": 20}, "local": {"steps": 7}},
         {"clients": {**CLIENTS, "partition": "dirichlet", "alpha": 3.0}, "local": {"control_variates": True}},
+        {"links": {"examples_per_s": 1.0}, "personal": {"test": 0.5}},
     ],
     ids=str,
 )
