@@ -42,8 +42,14 @@ def configuration(registered: int, per_round: int, model: str, data: Path, **exe
 def task(model: str, data: Path) -> tuple[nn.Module, Tensor, Tensor]:
     """The network, all training images in [0, 1] and their labels."""
     found = dataset.load(configuration(1, 1, model, data))
-    net = models.build(model, found.source.num_classes, found.source.shape, [0.5], [0.25], seed=0)
+    net = models.build(model, found.source.num_classes, found.source.shape, *moments(found), seed=0)
     return net, found.train.images.float() / 255, found.train.labels
+
+
+def moments(found: dataset.Dataset) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation for each channel, as `distrobust simulate` takes them."""
+    channels = found.source.shape[0]
+    return [0.5] * channels, [0.25] * channels
 
 
 def rows_of(client: int, num_rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -52,8 +58,9 @@ def rows_of(client: int, num_rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def distrobust(executor: str, registered: int, per_round: int, model: str, rounds: int, data: Path) -> None:
     config = configuration(registered, per_round, model, data, executor=executor, cohort=50 if model == "mlp" else 10)
-    net = models.build(model, 10, dataset.load(config).source.shape, [0.5], [0.25], seed=0)
-    with Simulation(config, dataset.load(config), net, data / "scratch") as simulation:
+    found = dataset.load(config)
+    net = models.build(model, 10, found.source.shape, *moments(found), seed=0)
+    with Simulation(config, found, net, data / "scratch") as simulation:
         for _ in range(1 + rounds):
             assert simulation.step()["updates"] == per_round
             tick()

@@ -76,7 +76,7 @@ def command(config: SimulateConfig, say: Say, on_actors: Elsewhere | None = None
         if continued:
             say(f"continues after round {simulation.round}")
         if simulation.network.fallback and config.execute.executor == "batched":
-            say(f"batched by torch.func.vmap: {simulation.network.fallback}")
+            say(f"one client after the other: {simulation.network.fallback}")
         table = _Table(config, simulation, say)
         started, first = time.perf_counter(), simulation.totals.updates
 

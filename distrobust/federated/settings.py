@@ -217,7 +217,8 @@ class SimulatedEvaluationConfig(Section):
 
 class ExecuteConfig(Section):
     executor: Literal["batched", "serial"] = "batched"
-    """How clients are trained. batched: `cohort` at once, as stacked tensors; serial: one after the other."""
+    """How clients are trained. batched: `cohort` at once, as stacked tensors, where the model is mlp or linear;
+    serial: one after the other."""
     cohort: Count = 50
     """Clients trained, coded and checked together. Their models and gradients should fit into the processor's cache."""
     threads: Count = 1

@@ -105,6 +105,15 @@ def test_the_same_cohorts_give_the_same_bits(simulate: Simulate) -> None:
     assert all(torch.equal(a, b) for a, b in zip(everything(first), everything(second), strict=True))
 
 
+def test_a_network_without_a_hand_written_form_is_trained_one_by_one(simulate: Simulate) -> None:
+    """To the bit as the serial executor, whose speed it should have."""
+    made = [simulate(model="cnn_gn", clients=SOME, execute={"executor": one}) for one in ("batched", "serial")]
+    assert made[0].network.fallback
+    for simulation in made:
+        simulation.step()
+    assert torch.equal(made[0].shared, made[1].shared)
+
+
 def test_the_order_of_the_clients_does_not_matter(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
     ordered, shuffled = (simulate(clients=SOME, **ROUGH, **CODED) for _ in range(2))
     select = shuffled.availability.select
