@@ -17,10 +17,12 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {"digits": "digits, MLP of 9,610 parameters", "cifar10": "CIFAR-10, MLP of 394,634 parameters"}
+METHODS: list[str] = []  # each has its colour
 SHOWN = {"local": "local", "global": "FedAvg", "ftfa": "FTFA", "rtfa": "RTFA"}
 
 
 def main() -> None:
+    METHODS[:] = dict.fromkeys(row["method"] for row in read("federated_compression_digits")["rows"])
     figure, axes = plt.subplots(3, 4, figsize=(19, 13))
     for row, task in zip(axes, TITLES, strict=False):
         found = read(f"federated_compression_{task}")
@@ -45,13 +47,14 @@ def read(name: str) -> dict[str, Any]:
 
 def curves(pair: Any, rows: list[dict[str, Any]], title: str) -> None:
     """Held-out accuracy, mean over seeds: against MB, then against simulated time."""
-    for number, row in enumerate(rows):
+    for row in rows:
+        colour = f"C{METHODS.index(row['method'])}"
         points = list(zip(*(run["points"] for run in row["runs"]), strict=True))
         ys = [100 * statistics.fmean(point["accuracy"] for point in own) for own in points]
         megabytes = [statistics.fmean(point["down_mb"] + point["up_mb"] for point in own) for own in points]
         seconds = [statistics.fmean(point["s"] for point in own) for own in points]
         for axis, xs in zip(pair, (megabytes, seconds), strict=True):
-            axis.plot(xs, ys, color=f"C{number}", marker="o", markersize=3, label=row["method"])
+            axis.plot(xs, ys, color=colour, marker="o", markersize=3, label=row["method"])
     pair[0].set(xscale="log", xlabel="MB, both directions, all clients", ylabel="held-out accuracy, %")
     pair[1].set(xlabel="simulated seconds", ylabel="held-out accuracy, %")
     for axis in pair:
@@ -71,10 +74,10 @@ def bars(axis: Any, groups: dict[str, dict[str, dict[str, Any]]], title: str) ->
         )
         for x, y in zip(xs, heights, strict=True):
             axis.annotate(f"{y:.1f}", (x, 2), ha="center", fontsize=8, rotation=90, color="white")
-    axis.set_xticks([i + (len(names) - 1) / 2 / (len(names) + 1) for i in range(len(groups))], list(groups), fontsize=8)
-    axis.set_ylim(0, 105)
+    axis.set_xticks([i + (len(names) - 1) / 2 / (len(names) + 1) for i in range(len(groups))], list(groups), fontsize=7)
+    axis.set_ylim(0, 125)
     axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper right", ncols=4)
 
 
 def personal(axis: Any, rows: list[dict[str, Any]], task: str) -> None:
@@ -86,7 +89,7 @@ def personal(axis: Any, rows: list[dict[str, Any]], task: str) -> None:
 
 def robust(axis: Any, rows: list[dict[str, Any]]) -> None:
     groups = {
-        f"{row['method'].replace(', ', chr(10))}\nDir. {row['alpha']}": {
+        f"{row['method'].replace('adversarial', 'adv.')}\nDir. {row['alpha']}": {
             "clean": row["clean"],
             "PGD-20 0.1": row["robust"],
         }
