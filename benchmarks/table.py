@@ -82,6 +82,66 @@ def step(name: str = "step") -> list[str]:
     return lines
 
 
+def federated_compression(*tasks: str) -> list[str]:
+    """Final test accuracy, bytes and simulated time of every method, for each task and concentration."""
+    lines = [
+        "| task | Dirichlet | method | test accuracy, % | MB down | MB up | simulated s |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for task in tasks:
+        record = json.loads((RESULTS / f"federated_compression_{task}.json").read_text())
+        for row in record["rows"]:
+            seconds = sum(run["points"][-1]["s"] for run in row["runs"]) / len(row["runs"])
+            sent = f"{row['down_mb']['mean']:.2f} | {row['up_mb']['mean']:.2f}"
+            lines.append(
+                f"| {task} | {row['alpha']} | {row['method']} | {_percent(row['test'])} | {sent} | {seconds:.0f} |"
+            )
+    return lines
+
+
+def federated_personal(*tasks: str) -> list[str]:
+    """Accuracy on clients' own test rows."""
+    lines = ["| task | Dirichlet | local | FedAvg | FTFA | RTFA |", "| --- |" + " --- |" * 5]
+    for task in tasks:
+        record = json.loads((RESULTS / f"federated_personal_{task}.json").read_text())
+        for row in record["rows"]:
+            cells = [_percent(row["accuracies"][name]) for name in ("local", "global", "ftfa", "rtfa")]
+            lines.append(f"| {task} | {row['alpha']} | {' | '.join(cells)} |")
+    return lines
+
+
+def federated_robust(task: str = "digits") -> list[str]:
+    """Clean and robust accuracy of federated models."""
+    record = json.loads((RESULTS / f"federated_robust_{task}.json").read_text())
+    lines = ["| local training | Dirichlet | clean, % | PGD-20 Linf 0.1, % |", "| --- |" + " --- |" * 3]
+    for row in record["rows"]:
+        lines.append(f"| {row['method']} | {row['alpha']} | {_percent(row['clean'])} | {_percent(row['robust'])} |")
+    return lines
+
+
+def federated_speed() -> list[str]:
+    """Client updates a second, of wall time and of processor time."""
+    record = json.loads((RESULTS / "federated_speed.json").read_text())
+    head = ("model", "registered", "simulator", "updates/s", "updates per processor second", "peak MB")
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " --- |" * 5]
+    for row in record["rows"]:
+        for name, one in row["contenders"].items():
+            cells = [
+                "-" if one.get(key) is None else f"{one[key]:,.{digits}f}"
+                for key, digits in (("updates_per_s", 1), ("updates_per_cpu_s", 1), ("peak_mb", 0))
+            ]
+            lines.append(f"| {row['model']} | {row['registered']:,} | {SIMULATORS[name]} | {' | '.join(cells)} |")
+    return lines
+
+
+SIMULATORS = {
+    "batched": "distrobust, batched",
+    "serial": "distrobust, serial",
+    "pfl": "pfl-research 0.6",
+    "flower": "Flower 1.41, 2 Ray actors",
+}
+
+
 def _percent(values: dict[str, Any]) -> str:
     half = values["half_width_95"]
     return f"{100 * values['mean']:.1f}" + ("" if half is None else f" +- {100 * half:.1f}")
@@ -89,3 +149,6 @@ def _percent(values: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     print("\n".join([*accuracy("n_fgsm", "pgd7"), "", *accuracy("natural"), "", *step(), "", *cifar10()]))
+    tasks = ("digits", "cifar10")
+    print("\n".join([*federated_compression(*tasks), *federated_personal(*tasks), *federated_robust()]))
+    print("\n".join(federated_speed()))

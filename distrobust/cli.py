@@ -273,7 +273,15 @@ def simulate(file: Path, overrides: tuple[str, ...]) -> None:
     from distrobust.federated import settings
     from distrobust.federated.command import command
 
-    if not command(settings.load(file, overrides), click.echo):
+    config = settings.load(file, overrides)
+    elsewhere: Any = None
+    if config.execute.actors is not None:
+        from distrobust.cluster.ray_clients import on_actors as elsewhere
+    done = command(config, click.echo, elsewhere)
+    path = _report(config.run.dir)
+    if path is not None:
+        click.echo(f"report: {path}")
+    if not done:
         sys.exit(130)  # as a shell says of a program ended by Ctrl-C
 
 
@@ -457,15 +465,21 @@ def _finish(directory: RunDirectory, outcome: Outcome) -> None:
     """Report and summary, or the error, or how to continue."""
     from distrobust.metrics import jsonl
     from distrobust.metrics.console import print_summary
-    from distrobust.report import write_report
 
     outcome.raise_if_failed()
-    report_path: Path | None = None
-    try:
-        report_path = write_report(directory.path)
-    except ConfigError as error:
-        print(f"no report: {error}", file=sys.stderr)
+    report_path = _report(directory.path)
     if outcome.status == "stopped":
         print(f"stopped at {outcome.text}, start again to continue", file=sys.stderr)
         sys.exit(130)  # as a shell says of a program ended by Ctrl-C: the job is not complete
     print_summary(jsonl.read(directory.metrics), sys.stdout, report_path)
+
+
+def _report(directory: Path) -> Path | None:
+    """Writes the report; None, with a line that says why, where it cannot be drawn."""
+    from distrobust.report import write_report
+
+    try:
+        return write_report(directory)
+    except ConfigError as error:
+        print(f"no report: {error}", file=sys.stderr)
+    return None

@@ -23,7 +23,7 @@ _ROOM = {"figure.constrained_layout.w_pad": 0.15}  # inches at the sides, for th
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class Stretch:
     """What one record says of the steps from `start` to `end`, counted over all phases: {group: value}."""
 
     start: int
@@ -47,35 +47,35 @@ def heat_maps(phases: Sequence[Phase], restarts: Sequence[int]) -> list[Figure]:
             caption = (
                 "What gradient noise and model.rates make of the scheduled rate, mean over a group; 1 is all of it."
             )
-            maps.append(_figure(phases, restarts, list(groups), ratios, _ratio_edges(ratios), title, caption))
+            maps.append(heat_map(phases, restarts, list(groups), ratios, _ratio_edges(ratios), title, caption))
         if any(value > 0 for one in noise for value in one.values.values()):
             title = "Gradient noise per layer group"
             caption = "Norm of the difference of two independent mean gradients, over a group; logarithmic."
-            maps.append(_figure(phases, restarts, list(groups), noise, _noise_edges(noise), title, caption))
+            maps.append(heat_map(phases, restarts, list(groups), noise, _noise_edges(noise), title, caption))
     return maps
 
 
-def _stretches(phases: Sequence[Phase], field: str) -> list[_Stretch]:
+def _stretches(phases: Sequence[Phase], field: str) -> list[Stretch]:
     """One per record, ascending; of its values those that are finite numbers."""
-    found: list[_Stretch] = []
+    found: list[Stretch] = []
     for phase in phases:
         start = phase.offset
         for record in phase.steps:
             values = {group: value for group, value in (record.get(field) or {}).items() if value is not None}
             end = phase.offset + int(record["step"])
-            found.append(_Stretch(start, end, {g: float(v) for g, v in values.items() if math.isfinite(v)}))
+            found.append(Stretch(start, end, {g: float(v) for g, v in values.items() if math.isfinite(v)}))
             start = end
     return found
 
 
-def _ratio_edges(stretches: Sequence[_Stretch]) -> list[float]:
+def _ratio_edges(stretches: Sequence[Stretch]) -> list[float]:
     """Edges of the colours' ranges, ascending to 1 in steps of a round number."""
     lowest = min(value for one in stretches for value in one.values.values())
     width = next((width for width in _RATIO_WIDTHS if 1 - len(SCALE) * width <= lowest), _RATIO_WIDTHS[-1])
     return [round(1 - width * number, 4) for number in range(len(SCALE), -1, -1)]
 
 
-def _noise_edges(stretches: Sequence[_Stretch]) -> list[float]:
+def _noise_edges(stretches: Sequence[Stretch]) -> list[float]:
     """Edges of the colours' ranges, of two digits, at equal factors that make at least 4: small changes look small."""
     values = [value for one in stretches for value in one.values.values() if value > 0]
     low, high = math.log(min(values)), math.log(max(*values, 4 * min(values)))
@@ -83,7 +83,7 @@ def _noise_edges(stretches: Sequence[_Stretch]) -> list[float]:
     return [float(f"{edge:.2g}") for edge in exact]
 
 
-def _columns(stretches: Sequence[_Stretch]) -> list[float]:
+def _columns(stretches: Sequence[Stretch]) -> list[float]:
     """Edges of the columns, in steps."""
     edges: list[float] = sorted({place for one in stretches for place in (one.start, one.end)})
     if len(edges) <= _MAX_COLUMNS + 1:
@@ -91,7 +91,7 @@ def _columns(stretches: Sequence[_Stretch]) -> list[float]:
     return [edges[0] + (edges[-1] - edges[0]) * number / _MAX_COLUMNS for number in range(_MAX_COLUMNS + 1)]
 
 
-def _row(group: str, stretches: Sequence[_Stretch], columns: Sequence[float]) -> list[float | None]:
+def _row(group: str, stretches: Sequence[Stretch], columns: Sequence[float]) -> list[float | None]:
     """The mean value of one group in each column, None where it has none."""
     sums, weights = [0.0] * (len(columns) - 1), [0.0] * (len(columns) - 1)
     for one in stretches:
@@ -106,16 +106,20 @@ def _row(group: str, stretches: Sequence[_Stretch], columns: Sequence[float]) ->
     return [total / weight if weight else None for total, weight in zip(sums, weights, strict=True)]
 
 
-def _figure(
+def heat_map(
     phases: Sequence[Phase],
     restarts: Sequence[int],
     groups: Sequence[str],
-    stretches: Sequence[_Stretch],
+    stretches: Sequence[Stretch],
     edges: Sequence[float],
     title: str,
     caption: str,
+    unit: str = "step",
 ) -> Figure:
-    """Draws one map. edges: (len(SCALE) + 1) of the colours' ranges; what is beyond has the colour of the end."""
+    """Draws one map. edges: (len(SCALE) + 1) of the colours' ranges; what is beyond has the colour of the end.
+
+    unit: what columns count.
+    """
     from matplotlib.figure import Figure as Canvas
 
     every = {group: [one.values[group] for one in stretches if group in one.values] for group in groups}
@@ -129,7 +133,7 @@ def _figure(
     axes.set_ylim(len(shown), 0)
     axes.set_yticks([number + 0.5 for number in range(len(shown))], [_short(group) for group in shown])
     mark(axes, phases, restarts)
-    label_steps(axes)
+    label_steps(axes, unit)
     _draw_scale(axes, edges)
     words = (f"{group} from {every[group][0]:.3g} to {every[group][-1]:.3g}" for group in shown)
     view, svg = drawing(canvas, title)

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 # placeholder -> what it becomes on the page; no drawing uses these colours for anything else
 _TEXT, _GRID = "#010101", "#010102"
-_SERIES = tuple(f"#0102{number:02x}" for number in range(5))
+SERIES = tuple(f"#0102{number:02x}" for number in range(5))
 SCALE = tuple(f"#0103{number:02x}" for number in range(8))  # from low to high, of a map
-_PAGE_COLOURS = (
+PAGE_COLOURS = (
     {_TEXT: "var(--muted)", _GRID: "var(--line)"}
-    | {colour: f"var(--c{number})" for number, colour in enumerate(_SERIES)}
+    | {colour: f"var(--c{number})" for number, colour in enumerate(SERIES)}
     | {colour: f"var(--h{number})" for number, colour in enumerate(SCALE)}
 )
 CLEAN, ROBUST, LOSS, GREY, SENT = 0, 1, 2, 3, 4  # numbers of series colours
@@ -86,15 +86,20 @@ class Series:
 
 def figures(phases: Sequence[Phase], restarts: Sequence[int]) -> list[Figure]:
     """Every plot of curves with at least one value. `restarts`: steps over all phases at which a restart resumed."""
+    with style():
+        drawn = [_figure(phases, restarts, **plot) for plot in _plots()]
+    return [figure for figure in drawn if figure is not None]
+
+
+def style() -> Any:
+    """The context to draw in. ConfigError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
         raise ConfigError(
             "the report needs matplotlib, which is not installed: pip install 'distrobust[plots]'"
         ) from error
-    with matplotlib.rc_context(STYLE):
-        drawn = [_figure(phases, restarts, **plot) for plot in _plots()]
-    return [figure for figure in drawn if figure is not None]
+    return matplotlib.rc_context(STYLE)
 
 
 def _plots() -> list[dict[str, Any]]:
@@ -206,12 +211,12 @@ def _figure(
     if ends:
         axes.margins(y=0.15)
         for one, points in shown:
-            _write_end(axes, points[-1], unit, _SERIES[one.colour])
+            _write_end(axes, points[-1], unit, SERIES[one.colour])
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
     mark(axes, phases, restarts)
     _label(axes, unit, log)
-    legend = [(one.label, _PAGE_COLOURS[_SERIES[one.colour]]) for one, _ in shown]
+    legend = [(one.label, PAGE_COLOURS[SERIES[one.colour]]) for one, _ in shown]
     words = (f"{one.label} from {points[0][1]:.3g} to {points[-1][1]:.3g}{unit}" for one, points in shown)
     view, svg = drawing(canvas, title)
     return Figure(title, caption, legend if len(legend) > 1 else [], f"{title}: {', '.join(words)}", view, svg)
@@ -219,7 +224,7 @@ def _figure(
 
 def _draw(axes: "Axes", phases: Sequence[Phase], series: Series, log: bool) -> list[tuple[int, float]]:
     """Draws one series, a separate curve per phase. Returns its points (step over all phases, value)."""
-    colour = _SERIES[series.colour]
+    colour = SERIES[series.colour]
     every: list[tuple[int, float]] = []
     for phase in phases:
         records: Sequence[Record] = getattr(phase, series.records)
@@ -272,13 +277,13 @@ def _label(axes: "Axes", unit: str, log: bool) -> None:
     label_steps(axes)
 
 
-def label_steps(axes: "Axes") -> None:
-    """The numbers of a horizontal axis of steps."""
+def label_steps(axes: "Axes", unit: str = "step") -> None:
+    """The numbers of a horizontal axis of steps, or of other whole numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel("step")
+    axes.set_xlabel(unit)
 
 
 def drawing(canvas: Any, title: str) -> tuple[str, str]:
@@ -295,7 +300,7 @@ def drawing(canvas: Any, title: str) -> tuple[str, str]:
     assert found is not None, "matplotlib wrote something that is not an SVG drawing"
     view, body = found.groups()
     body = re.sub(r"'DejaVu Sans'[^;\"<]*", "var(--sans)", body)  # "<": a text that says so ends before its tag
-    for placeholder, colour in _PAGE_COLOURS.items():
+    for placeholder, colour in PAGE_COLOURS.items():
         body = body.replace(placeholder, colour)
     return view, body
 

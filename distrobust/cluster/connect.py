@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
@@ -10,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from distrobust.cluster.ray_session import LOOK_S, missing, session
 from distrobust.config import Config
-from distrobust.errors import CommError, ConfigError
+from distrobust.errors import ConfigError
 from distrobust.train import interface
 
 HEAD = "DISTROBUST_HEAD"
 """Variable of the workers: host name or address of the head, on an existing cluster."""
-_LOOK_S = 0.5
 
 
 @contextmanager
@@ -26,7 +25,6 @@ def connected(config: Config) -> Iterator[None]:
     Raises ConfigError if nobody answers there, or if it does not have enough within cluster.start_timeout_s.
     """
     settings = config.cluster
-    private = settings.address is None
     # before ray is imported: its workers would otherwise change into a directory of their own, and start as if no
     # accelerator variable were set
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -35,30 +33,11 @@ def connected(config: Config) -> Iterator[None]:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(1.0, settings.start_timeout_s))
     if settings.auth is not None:
         os.environ["RAY_AUTH_MODE"] = settings.auth
-    deadline = time.monotonic() + (0.0 if private else settings.start_timeout_s)
-    if settings.address is not None:
-        _wait_for_head(settings.address, deadline)
-    import ray
-
-    if private:  # it tells every user that the cluster we start and stop ourselves is protected by a token
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    try:
-        ray.init(
-            address="local" if private else settings.address,
-            num_cpus=settings.workers * settings.threads if private else None,
-            include_dashboard=False if private else None,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            runtime_env=runtime_environment(config),
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "a private Ray" if private else f"cluster.address {settings.address}"
-        raise CommError(f"{where}: cannot be used ({' '.join(str(error).split())[:200]})") from None
-    try:
+    deadline = time.monotonic() + (0.0 if settings.address is None else settings.start_timeout_s)
+    cpus = settings.workers * settings.threads
+    with session(settings.address, "cluster.address", cpus, runtime_environment(config), deadline):
         _wait_for_resources(config, deadline)
         yield
-    finally:
-        ray.shutdown()
 
 
 def runtime_environment(config: Config) -> dict[str, Any]:
@@ -87,47 +66,16 @@ def _host(address: str) -> str:
     return given.rpartition("://")[2].rpartition(":")[0] or socket.gethostname()
 
 
-def _wait_for_head(address: str, deadline: float) -> None:
-    """Raises ConfigError if nobody listens at host:port by then: Ray itself would try for minutes and say less."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():
-        return  # "auto", or a name that only Ray understands
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-            return
-        except (OSError, OverflowError) as error:
-            if time.monotonic() > deadline or isinstance(error, OverflowError | socket.gaierror):
-                raise ConfigError(
-                    f"cluster.address: got {address}, where no Ray head answers ({error}); start one there, or set it "
-                    "to null for a private Ray on this machine"
-                ) from None
-        time.sleep(_LOOK_S)
-
-
 def _wait_for_resources(config: Config, deadline: float) -> None:
     """Waits for all workers' resources, at the deadline for the least the run can do with; else a ConfigError."""
-    import ray
-
+    settings = config.cluster
     while True:
-        available = ray.cluster_resources()
         late = time.monotonic() > deadline
-        missing = _missing(config, available, config.cluster.sizes[0 if late else -1])
-        if missing is None:
+        workers = settings.sizes[0 if late else -1]
+        wanted = {"CPU": workers * settings.threads, "GPU": workers if settings.gpu else 0}
+        lacking = missing(wanted, f"cluster: {workers} workers", "cluster.workers or cluster.threads")
+        if lacking is None:
             return
         if late:
-            raise ConfigError(missing)
-        time.sleep(_LOOK_S)
-
-
-def _missing(config: Config, available: dict[str, float], workers: int) -> str | None:
-    """What a cluster that has `available` lacks for so many workers: Ray would wait for it for ever."""
-    settings = config.cluster
-    wanted = {"CPU": workers * settings.threads, "GPU": workers if settings.gpu else 0}
-    for resource, amount in wanted.items():
-        if amount > available.get(resource, 0):
-            return (
-                f"cluster: {workers} workers need {amount} {resource}, the Ray cluster has "
-                f"{available.get(resource, 0):g}; lower cluster.workers or cluster.threads, or add nodes"
-            )
-    return None
+            raise ConfigError(lacking)
+        time.sleep(LOOK_S)

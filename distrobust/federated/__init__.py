@@ -15,8 +15,15 @@ rows.py          a vector per client that survives being offline: in memory, the
 links.py         bandwidth, latency, compute speed; traces from CSV
 availability.py  which clients can be reached in a round
 timeline.py      a round on the virtual clock: who arrives, who is late, what it costs
-simulate.py      the rounds
+deadline.py      one that nobody can meet
+work.py          what a cohort does in a round, wherever it is done
+simulate.py      a round
+totals.py        what rounds add up to
+patience.py      when there is no point in going on
+evaluation.py    accuracy over all rows, and for one client and another
+rounds.py        all rounds
 buffered.py      asynchronous ones (FedBuff)
+served.py        records for Prometheus
 checkpoint.py    everything between two rounds as one file
 command.py       a configuration file -> a run directory and lines for the terminal
 """

@@ -25,7 +25,7 @@ class Availability:
         self, settings: AvailabilityConfig, seed: int, partition: Partition, labels: Integers, num_classes: int
     ) -> None:
         self._settings, self._seed, self._partition = settings, seed, partition
-        self._labels, self._num_classes = labels, num_classes
+        self._labels, self.num_classes = labels, num_classes
 
     def select(self, wanted: int, round_number: int, clock_s: float) -> Integers:
         """Ascending numbers of up to `wanted` clients that can be reached, all sets of them being equally likely.
@@ -70,7 +70,7 @@ class Availability:
             wave = np.sin(2 * math.pi * (clock_s / settings.day_s + phase))
         else:
             means = [self._labels[self._partition.rows_of(client)].mean() for client in clients.tolist()]
-            wave = 2 * np.array(means) / max(1, self._num_classes - 1) - 1
+            wave = 2 * np.array(means) / max(1, self.num_classes - 1) - 1
         return np.clip(settings.share * (1 + settings.strength * wave), 0.0, 1.0)
 
     def _draw(self, clients: Integers, round_number: int) -> Floats:

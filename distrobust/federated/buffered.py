@@ -24,8 +24,10 @@ from torch import Tensor
 from distrobust.errors import DivergedError
 from distrobust.federated import draws, server, timeline
 from distrobust.federated.draws import Integers, Purpose
-from distrobust.federated.simulate import NOBODY, PATIENCE, Round, Simulation
+from distrobust.federated.patience import NOBODY, PATIENCE
+from distrobust.federated.simulate import Simulation
 from distrobust.federated.timeline import ARRIVED, Course
+from distrobust.federated.totals import Round
 
 
 @dataclass(frozen=True, order=True)
@@ -62,25 +64,19 @@ class Buffered(Simulation):
         clients = np.array([job.client for job in jobs], dtype=np.int64)
         rows = [self.parts_of(client)[0] for client in clients.tolist()]
         this = Round(server.WeightedMean(self.network.spec.n), torch.zeros_like(self.control))
-        size = self.config.execute.cohort
-        for first in range(0, len(arrived), size):
-            chosen = np.arange(first, min(first + size, len(arrived)))
-            starts = torch.stack([self.starts[jobs[i].version] for i in chosen])
-            discounts = [(1 + self.round - jobs[i].version) ** -0.5 for i in chosen]
-            self._cohort(chosen, clients, rows, this, starts, discounts)
+        begun = [job.version for job in jobs[: len(arrived)]]
+        starts = [self.starts[version] for version in begun]
+        discounts = [(1 + self.round - version) ** -0.5 for version in begun]
+        self._train(np.arange(len(arrived)), clients, rows, this, starts, discounts)
         self._move(this)
         course = self._course(jobs, self.clock_s - begin_s)
-        self._count(clients, course, this, len(clients))
-        self.last_seen.update({job.client: job.version for job in (*jobs, *self.jobs)})
+        staleness = float(np.mean([self.round - version for version in begun]))
         self.clock_s = begin_s  # which the record counts from
-        record = self._record(clients, course, this, time.perf_counter() - started)
-        record["staleness"] = float(np.mean([self.round - job.version for job in arrived]))
+        record = {**self._end(clients, course, this, started), "staleness": staleness}
+        self.last_seen.update({job.client: job.version for job in (*jobs, *self.jobs)})
         self.clock_s = begin_s + course.duration_s
-        self.round += 1
         self.starts = {job.version: self.starts[job.version] for job in self.jobs}
-        self._idle = 0 if this.losses else self._idle + 1
-        if self._idle == PATIENCE:
-            raise DivergedError(self._why_idle(len(clients), course, this))
+        self.patience.look(record["round"], len(clients), course, this)
         return record
 
     def _collect(self, wanted: int) -> tuple[list[Job], list[Job]]:

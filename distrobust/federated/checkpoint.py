@@ -16,12 +16,13 @@ import torch
 from distrobust import config as configuration
 from distrobust.errors import CheckpointError, ConfigError
 from distrobust.federated.settings import SimulateConfig
-from distrobust.federated.simulate import Simulation, Totals
+from distrobust.federated.simulate import Simulation
+from distrobust.federated.totals import Totals
 
 NAME = "checkpoint.pt"
 _TENSORS = ("shared", "server_residual", "control")
 _VECTORS = ("residuals", "velocities", "controls")
-_PLAIN = ("round", "clock_s", "message_bytes", "last_seen", "_idle", "_nobody")
+_PLAIN = ("round", "clock_s", "message_bytes", "last_seen")
 
 
 def save(simulation: Simulation, directory: Path) -> None:
@@ -32,6 +33,7 @@ def save(simulation: Simulation, directory: Path) -> None:
         "tensors": {name: getattr(simulation, name) for name in _TENSORS},
         "vectors": {name: getattr(simulation, name).state() for name in _VECTORS},
         "plain": {name: getattr(simulation, name) for name in _PLAIN},
+        "patience": (simulation.patience.idle, simulation.patience.nobody),
         "extra": simulation.extra_state(),
         "totals": dataclasses.asdict(simulation.totals),
     }
@@ -66,6 +68,7 @@ def load(simulation: Simulation, directory: Path) -> bool:
         setattr(simulation, name, value)
     for name, saved in state["vectors"].items():
         getattr(simulation, name).load(saved)
+    simulation.patience.idle, simulation.patience.nobody = state["patience"]
     simulation.load_extra_state(state["extra"])
     simulation.totals = Totals(**state["totals"])
     return True
@@ -75,6 +78,6 @@ def identity(config: SimulateConfig) -> dict[str, Any]:
     """Everything that changes what a simulation does: not where it is kept, nor how its clients are run."""
     values = config.model_dump(mode="json")
     values["run"].pop("dir")
-    for harmless in ("execute", "evaluate"):
+    for harmless in ("execute", "evaluate", "metrics"):
         values.pop(harmless)
     return values

@@ -11,32 +11,41 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import platform
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from distrobust import __version__, models
 from distrobust import config as configuration
-from distrobust import models
 from distrobust.errors import ConfigError, DataError
-from distrobust.federated import checkpoint, dataset
+from distrobust.federated import checkpoint, dataset, evaluation
 from distrobust.federated.buffered import Buffered
+from distrobust.federated.rounds import run
+from distrobust.federated.served import Served
 from distrobust.federated.settings import SimulateConfig
-from distrobust.federated.simulate import Simulation, run
-from distrobust.metrics import jsonl
+from distrobust.federated.simulate import Simulation
+from distrobust.federated.work import Worker, Workers
+from distrobust.metrics import Fanout, jsonl
 from distrobust.metrics.jsonl import JsonLines
 
 Say = Callable[[str], None]
+Elsewhere = Callable[[Worker], AbstractContextManager[Workers]]
 
 
-def command(config: SimulateConfig, say: Say) -> bool:
-    """Runs everything, or continues what was stopped; `say` gets the lines for the terminal. False if stopped again."""
+def command(config: SimulateConfig, say: Say, on_actors: Elsewhere | None = None) -> bool:
+    """Runs everything, or continues what was stopped; `say` gets the lines for the terminal. False if stopped again.
+
+    on_actors: gives the work to execute.actors actors.
+    """
     torch.set_num_threads(config.execute.threads)
     data = dataset.load(config)
     test = dataset.load_test(config, data.source)
@@ -52,15 +61,22 @@ def command(config: SimulateConfig, say: Say) -> bool:
         stack.callback(shutil.rmtree, directory / "scratch", ignore_errors=True)
         kind = Buffered if config.rounds.buffer is not None else Simulation
         simulation = stack.enter_context(kind(config, data, module, directory / "scratch"))
+        if config.execute.actors is not None and on_actors is not None:
+            simulation.workers = stack.enter_context(on_actors(simulation.worker))
         continued = checkpoint.load(simulation, directory)
         (directory / "config.yaml").write_text(configuration.dump(config))
         _forget_records(directory / "metrics.jsonl", simulation.round)
-        records = JsonLines(directory / "metrics.jsonl")
-        stack.callback(records.close)
+        records = stack.enter_context(Fanout(JsonLines(directory / "metrics.jsonl")))
+        if config.metrics.port is not None:
+            served = Served(directory, config.metrics)
+            records.sinks = (*records.sinks, served)
+            if served.notice:
+                say(served.notice)
+        records.write(begun(simulation))
         if continued:
             say(f"continues after round {simulation.round}")
         if simulation.network.fallback and config.execute.executor == "batched":
-            say(f"batched by torch.func.vmap: {simulation.network.fallback}")
+            say(f"one client after the other: {simulation.network.fallback}")
         table = _Table(config, simulation, say)
         started, first = time.perf_counter(), simulation.totals.updates
 
@@ -161,16 +177,31 @@ class _Table:
         )
 
 
+def begun(simulation: Simulation) -> dict[str, Any]:
+    return {
+        "event": "simulation",
+        "time": time.time(),
+        "num_clients": simulation.partition.num_clients,
+        "num_parameters": simulation.network.spec.n,
+        "first_round": simulation.round,
+        "config": simulation.config.model_dump(mode="json"),
+        "versions": {"distrobust": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
 def _summary(simulation: Simulation, test: dataset.Rows, updates_per_s: float, host_s: float) -> dict[str, Any]:
     """updates_per_s, host_s: of this start."""
     totals = dataclasses.asdict(simulation.totals)
-    personal = simulation.personal()
+    personal, scores = simulation.personal(), simulation.accuracies(test)
+    own = evaluation.of_clients(scores["clean"], simulation.class_shares())
     return {
         "event": "summary",
         "time": time.time(),
         "rounds": simulation.round,
         "clock_s": simulation.clock_s,
-        "test": {name: dataclasses.asdict(one) for name, one in simulation.accuracies(test).items()},
+        "test": {name: dataclasses.asdict(one) for name, one in scores.items()},
+        "client_quantiles": np.nanquantile(own, evaluation.QUANTILES).tolist(),
+        "client_histogram": evaluation.histogram(own),
         "personal": dataclasses.asdict(personal) if personal is not None else None,
         "host_s": host_s,
         "updates_per_s": updates_per_s,

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     ATTACK = 12
     PERSONAL = 13
     PROJECTION = 14
+    SAMPLE = 15
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -84,6 +84,13 @@ class Links:
         left: Floats = np.floor(np.minimum(num_bytes, possible))
         return left
 
+    def best_bytes_per_s(self, direction: str, clients: Integers) -> Floats:
+        """The most that a client's link ever has."""
+        if not self._traces:
+            return self._bytes_per_s(direction, clients)
+        best = [float((np.diff(trace.sent[direction]) / np.diff(trace.times)).max()) for trace in self._traces]
+        return np.array(best)[clients % len(best)]
+
     def _bytes_per_s(self, direction: str, clients: Integers) -> Floats:
         settings = self._settings
         median = settings.download_mbit if direction == "download" else settings.upload_mbit

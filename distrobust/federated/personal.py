@@ -18,17 +18,22 @@ from torch import Tensor
 
 from distrobust.federated import batches, draws, local
 from distrobust.federated.draws import Integers, Purpose
+from distrobust.federated.evaluation import histogram
 from distrobust.federated.network import Network
 from distrobust.federated.settings import LocalConfig, PersonalConfig
 
 
 @dataclass(frozen=True)
 class Personal:
-    """Right answers on the clients' own test rows, over all of them together, as shares."""
+    """Right answers on the clients' own test rows, by model: global, ftfa, rtfa.
+
+    accuracies: over the rows of all clients together. histograms: clients by their accuracy, in BINS bins from 0 to 1.
+    """
 
     clients: int
     rows: int
-    accuracies: dict[str, float]  # global, ftfa, rtfa
+    accuracies: dict[str, float]
+    histograms: dict[str, list[int]]
 
 
 def set_apart(rows: Integers, client: int, share: float, seed: int) -> tuple[Integers, Integers]:
@@ -62,8 +67,8 @@ def evaluate(
     )
     regularised = tuned.model_copy(update={"proximal": 2 * settings.penalty})  # gradient of lambda ||.||^2
     methods = {"ftfa": tuned, "rtfa": regularised}
-    right = dict.fromkeys(("global", *methods), 0)
-    total = counted = 0
+    right: dict[str, list[Integers]] = {name: [] for name in ("global", *methods)}
+    sizes: list[int] = []
     for start in range(0, num_clients, cohort):
         numbers = np.arange(start, min(start + cohort, num_clients))
         parts = [parts_of(int(client)) for client in numbers]
@@ -74,13 +79,18 @@ def evaluate(
         plan_of = {
             name: _plan([parts[i][0] for i in own], numbers[own], method, seed) for name, method in methods.items()
         }
-        right["global"] += _right(network, theta_0.expand(len(own), -1), tests, images, labels)
+        right["global"].append(_right(network, theta_0.expand(len(own), -1), tests, images, labels))
         for name, method in methods.items():
             trained = local.train(network, theta_0, plan_of[name], images, labels, method)
-            right[name] += _right(network, theta_0 - trained.updates, tests, images, labels)
-        total += sum(len(test) for test in tests)
-        counted += len(own)
-    return Personal(counted, total, {name: count / max(1, total) for name, count in right.items()})
+            right[name].append(_right(network, theta_0 - trained.updates, tests, images, labels))
+        sizes += [len(test) for test in tests]
+    found = {name: np.concatenate(counts) if counts else np.zeros(0, np.int64) for name, counts in right.items()}
+    return Personal(
+        len(sizes),
+        sum(sizes),
+        {name: int(counts.sum()) / max(1, sum(sizes)) for name, counts in found.items()},
+        {name: histogram(counts / np.array(sizes)) for name, counts in found.items()},
+    )
 
 
 def _plan(rows: Sequence[Integers], clients: Integers, settings: LocalConfig, seed: int) -> batches.Batches:
@@ -91,8 +101,8 @@ AFTER = 2**31  # stands where rounds have their number: no simulation is that lo
 
 
 @torch.no_grad()
-def _right(network: Network, vectors: Tensor, tests: Sequence[Integers], images: Tensor, labels: Tensor) -> int:
-    """Of all the clients' test rows: how many their own vector (C, n) gets right."""
+def _right(network: Network, vectors: Tensor, tests: Sequence[Integers], images: Tensor, labels: Tensor) -> Integers:
+    """Of each client's test rows: how many its own vector (C, n) gets right, (C,)."""
     most = max(len(test) for test in tests)
     rows = torch.zeros((len(tests), most), dtype=torch.int64)
     real = torch.zeros((len(tests), most), dtype=torch.bool)
@@ -100,4 +110,5 @@ def _right(network: Network, vectors: Tensor, tests: Sequence[Integers], images:
         rows[i, : len(test)] = torch.from_numpy(test)
         real[i, : len(test)] = True
     logits = network.logits(network.spec.stacked(vectors), local.pixels(images, rows))
-    return int(((logits.argmax(2) == labels[rows]) & real).sum())
+    right: Integers = ((logits.argmax(2) == labels[rows]) & real).sum(1).numpy()
+    return right

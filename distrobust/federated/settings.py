@@ -218,13 +218,34 @@ class SimulatedEvaluationConfig(Section):
 
 class ExecuteConfig(Section):
     executor: Literal["batched", "serial"] = "batched"
-    """How clients are trained. batched: `cohort` at once, as stacked tensors; serial: one after the other."""
+    """How clients are trained. batched: `cohort` at once, as stacked tensors, where the model is mlp or linear;
+    serial: one after the other."""
     cohort: Count = 50
     """Clients trained, coded and checked together. Their models and gradients should fit into the processor's cache."""
     threads: Count = 1
-    """Of torch."""
+    """Of torch, in each process."""
+    actors: Count | None = None
+    """Ray actors to train on, each a cohort at a time, on one machine or several; null: in this process. Any number
+    gives the same bits."""
+    address: str | None = None
+    """actors only: address of an existing Ray cluster; null starts a private one on this machine."""
     memory_limit_bytes: Count = 512 * 1024**2
     """Of what clients keep between rounds; what is beyond lies in memory-mapped files in the run directory."""
+
+    @model_validator(mode="after")
+    def _address_needs_actors(self) -> ExecuteConfig:
+        if self.address is not None and self.actors is None:
+            raise ValueError(f"address {self.address} goes with a number of actors, got null")
+        return self
+
+
+class SimulatedMetricsConfig(Section):
+    port: Annotated[int, Field(ge=0, le=65535)] | None = 9400
+    """Prometheus; another free port if taken; 0: any; null: no exporter."""
+    host: str = "127.0.0.1"
+    """Where the exporter listens."""
+    linger_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Seconds the exporter stays after the end, so that the last values are scraped."""
 
 
 class SimulateConfig(Section):
@@ -248,6 +269,7 @@ class SimulateConfig(Section):
     """A personal model for every client at the end (FTFA and RTFA), next to the global one; null: none."""
     evaluate: SimulatedEvaluationConfig = SimulatedEvaluationConfig()
     execute: ExecuteConfig = ExecuteConfig()
+    metrics: SimulatedMetricsConfig = SimulatedMetricsConfig()
 
     @model_validator(mode="after")
     def _buffer_fits(self) -> SimulateConfig:

@@ -45,6 +45,7 @@ _STEP, _ATTACK = "distrobust_step_seconds", "distrobust_attack_seconds"
 _HOOK, _DECODE = "distrobust_comm_hook_seconds", "distrobust_comm_decode_seconds"
 _SENT, _DENSE = "distrobust_comm_sent_bytes_total", "distrobust_comm_dense_bytes_total"
 _BY_PHASE = "{{run}} {{phase}}"
+_BY_RUN, _FED = "{{run}}", "distrobust_federated"
 
 
 def _rate(metric: str) -> str:
@@ -121,6 +122,32 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
               ("{{run}} {{group}}", "max by (run, phase, group) (distrobust_layer_lr_ratio)"),), width=12),
         Panel("Gradient noise, by group", "short", (
               ("{{run}} {{group}}", "max by (run, phase, group) (distrobust_layer_gradient_noise)"),), width=12),
+    )),
+    ("Federated simulation", (
+        Panel("Rounds finished", "percentunit", ((_BY_RUN,
+              f"max by (run) ({_FED}_finished_rounds) / max by (run) ({_FED}_planned_rounds)"),)),
+        Panel("Rounds and updates a second", "short", (
+              ("{{run}} rounds", f"sum by (run) (rate({_FED}_rounds_total[5m]))"),
+              ("{{run}} updates", f"sum by (run) (rate({_FED}_updates_total[5m]))"))),
+        Panel("A round, in real time", "s", (("{{run}} mean", f"sum by (run) (rate({_FED}_round_seconds_sum[5m]))"
+              f" / sum by (run) (rate({_FED}_round_seconds_count[5m]))"),)),
+        Panel("Held-out accuracy of the global model", "percentunit", (
+              ("{{run}} clean", f"max by (run) ({_FED}_clean_accuracy_ratio)"),
+              ("{{run}} robust", f"max by (run) ({_FED}_robust_accuracy_ratio)"),
+              ("{{run}} one client in twenty below", f"max by (run) ({_FED}_low_client_accuracy_ratio)"))),
+        Panel("Loss of the clients", "short", ((_BY_RUN, f"max by (run) ({_FED}_train_loss)"),)),
+        Panel("Virtual clock", "s", ((_BY_RUN, f"max by (run) ({_FED}_clock_seconds)"),)),
+        Panel("Bytes so far, all clients", "bytes", tuple(
+              (f"{{{{run}}}} {kind.replace('_', ' ')}", f"sum by (run) ({_FED}_{kind}_bytes_total)")
+              for kind in ("download", "upload", "wasted_download", "wasted_upload"))),
+        Panel("Clients' time so far", "s", tuple(
+              (f"{{{{run}}}} {kind}", f"sum by (run) ({_FED}_{kind}_seconds_total)")
+              for kind in ("compute", "download", "upload", "wait"))),
+        Panel("Updates that did not count", "short", tuple(
+              (f"{{{{run}}}} {kind}", f"sum by (run) ({_FED}_{kind}_updates_total)")
+              for kind in ("late", "surplus", "lost", "nonfinite"))),
+        Panel("Time since the last round", "s", (
+              (_BY_RUN, f"time() - max by (run) ({_FED}_last_round_timestamp_seconds)"),), "stat", 6),
     )),
 )  # fmt: skip
 

@@ -74,13 +74,13 @@ def test_updates_are_discounted_by_staleness(tmp_path: Path) -> None:
 def test_a_client_waits_until_its_update_has_been_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it would send from a residual that it has sent from already."""
     simulation = buffered(tmp_path, clients={**CLIENTS, "registered": 11})
-    cohort, used = simulation._cohort, []
+    train, used = simulation._train, []
 
-    def listening(chosen: Any, clients: Any, *rest: Any) -> None:
-        used.append(clients[chosen].tolist())
-        cohort(chosen, clients, *rest)
+    def listening(arrived: Any, clients: Any, *rest: Any) -> None:
+        used.append(clients[arrived].tolist())
+        train(arrived, clients, *rest)
 
-    monkeypatch.setattr(simulation, "_cohort", listening)
+    monkeypatch.setattr(simulation, "_train", listening)
     for _ in range(30):
         simulation.step()
     assert all(len(set(clients)) == 4 for clients in used)

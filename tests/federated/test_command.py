@@ -18,8 +18,8 @@ from harness.texts import write_texts
 from distrobust import cli
 from distrobust.errors import ConfigError, DivergedError, ModelError
 from distrobust.federated import network, settings
+from distrobust.federated.patience import PATIENCE
 from distrobust.federated.rows import Rows
-from distrobust.federated.simulate import PATIENCE
 from distrobust.metrics import jsonl
 from distrobust.models import build
 
@@ -51,6 +51,7 @@ def test_the_launch_file_learns_digits_and_leaves_records(
     rounds = [record for record in records if record["event"] == "round"]
     (summary,) = [record for record in records if record["event"] == "summary"]
     assert [record["round"] for record in rounds] == list(range(30))
+    assert all(sum(record["took_part"]) == record["updates"] for record in rounds)
     accuracy = summary["test"]["clean"]["accuracy"]
     assert accuracy > 0.8
     assert f"clean {accuracy:.1%}" in text
@@ -79,7 +80,7 @@ def test_the_launch_file_learns_digits_and_leaves_records(
         ("local.control_variates=true", "local.control_variates and download exclude each other"),
         ("model=cnn", "model: wanted 'mlp', 'linear' or 'cnn_gn', got 'cnn'"),
         ("rounds.deadline_s=0", "rounds.deadline_s: wanted greater than 0, got 0"),
-        ("rounds.deadline_s=0.001", r"no update for 10 rounds in a row: rounds.deadline_s is 0.001, and the fastest"),
+        ("rounds.deadline_s=0.001", "rounds.deadline_s: got 0.001, which none of 1,000 clients can meet; wanted more"),
         ("links.drop_out=1", "every client was lost in its upload; lower links.drop_out"),
         ("links.traces=nowhere.csv", "nowhere.csv: cannot be read"),
         ("data.path=nowhere", "nowhere"),
@@ -174,7 +175,7 @@ def test_fewer_clients_than_wanted_are_taken_as_they_are_and_counted(simulate: S
 
 def test_nobody_to_be_reached_ends_with_a_reason(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = simulate(clients={"registered": 2, "per_round": 1}, availability={"name": "bernoulli", "share": 1e-9})
-    monkeypatch.setattr("distrobust.federated.simulate.NOBODY", 30)
+    monkeypatch.setattr("distrobust.federated.patience.NOBODY", 30)
     for _ in range(29):
         simulation.step()
     assert simulation.clock_s == 29 * 60.0

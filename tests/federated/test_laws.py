@@ -18,6 +18,7 @@ from distrobust.federated.projected import Projected, projected
 from distrobust.federated.settings import LocalConfig
 from distrobust.federated.simulate import Simulation
 from distrobust.federated.timeline import ARRIVED
+from distrobust.federated.work import Answer
 
 EVERYBODY: dict[str, Any] = {"registered": 8, "per_round": 8}
 SOME: dict[str, Any] = {"registered": 12, "per_round": 5, "partition": "dirichlet", "rows": 20}
@@ -104,6 +105,15 @@ def test_the_same_cohorts_give_the_same_bits(simulate: Simulate) -> None:
     assert all(torch.equal(a, b) for a, b in zip(everything(first), everything(second), strict=True))
 
 
+def test_a_network_without_a_hand_written_form_is_trained_one_by_one(simulate: Simulate) -> None:
+    """To the bit as the serial executor, whose speed it should have."""
+    made = [simulate(model="cnn_gn", clients=SOME, execute={"executor": one}) for one in ("batched", "serial")]
+    assert made[0].network.fallback
+    for simulation in made:
+        simulation.step()
+    assert torch.equal(made[0].shared, made[1].shared)
+
+
 def test_the_order_of_the_clients_does_not_matter(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
     ordered, shuffled = (simulate(clients=SOME, **ROUGH, **CODED) for _ in range(2))
     select = shuffled.availability.select
@@ -167,19 +177,25 @@ def test_gradients_of_a_cohort_are_each_clients_own(name: str) -> None:
             torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-6)
 
 
-def accumulated(simulation: Simulation, sums: dict[int, Tensor], sent: dict[int, Tensor]) -> Any:
-    """Wraps `_received`: what every client accumulated and what the server read of it, in float64."""
-    received = simulation._received
+def listen(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch, sums: dict[int, Tensor], sent: dict[int, Tensor]
+) -> None:
+    """Adds up every client's updates, and what the server reads in its messages, in float64."""
+    train, receive = local.EXECUTORS["batched"], simulation._receive
+    assert simulation.upload is not None
+    upload, trained = simulation.upload, []
+    monkeypatch.setitem(local.EXECUTORS, "batched", lambda *given: trained.append(train(*given)) or trained[-1])
 
-    def listening(clients: list[int], updates: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        counts, read = received(clients, updates, *rest)
-        for i, client in enumerate(clients):
-            if counts[i]:
-                sums[client] = sums.get(client, torch.zeros(1)) + updates[i].double()
-                sent[client] = sent.get(client, torch.zeros(1)) + read[i].double()
-        return counts, read
+    def listening(clients: list[int], answer: Answer, *rest: Any) -> Tensor:
+        assert answer.messages is not None
+        for i, message in zip(answer.counts.nonzero().view(-1).tolist(), answer.messages, strict=True):
+            places, values = upload.decode(message, simulation.round)
+            client, n = clients[i], upload.n
+            sums[client] = sums.get(client, torch.zeros(n)) + trained[-1].updates[i].double()
+            sent[client] = sent.get(client, torch.zeros(n)).double().index_add(0, places, values.double())
+        return receive(clients, answer, *rest)
 
-    return listening
+    monkeypatch.setattr(simulation, "_receive", listening)
 
 
 @pytest.mark.parametrize("values", ["fp32", "4bit", "sign"])
@@ -192,7 +208,7 @@ def test_sent_plus_kept_is_accumulated_for_every_client(
     )
     sums: dict[int, Tensor] = {}
     sent: dict[int, Tensor] = {}
-    monkeypatch.setattr(simulation, "_received", accumulated(simulation, sums, sent))
+    listen(simulation, monkeypatch, sums, sent)
     for _ in range(25):
         simulation.step()
     assert simulation.totals.lost > 5

@@ -128,9 +128,8 @@ def test_local_adversarial_training_buys_robust_accuracy(simulate: Simulate) -> 
     robust = []
     data = made_up()
     for steps in (None, 5):
-        simulation = simulate(data, model="mlp", clients=ALONE, attack={"eps": 0.1, "steps": steps or 1})
-        if steps is None:
-            simulation.config = simulation.config.model_copy(update={"attack": None})
+        attack = {"eps": 0.1, "steps": steps} if steps is not None else None
+        simulation = simulate(data, model="mlp", clients=ALONE, attack=attack)
         for _ in range(25):
             simulation.step()
         simulation.config = simulation.config.model_copy(update={"attack": LocalAttackConfig(eps=0.1)})

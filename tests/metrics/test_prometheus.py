@@ -48,6 +48,15 @@ RECORDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+RECORDS += [  # as distrobust.federated.served makes them
+    {"event": "federated_round", "time": 1e9, "planned_rounds": 100, "finished_rounds": 3, "rounds": 3, "updates": 30,
+     "late": 1, "surplus": 2, "lost": 3, "nonfinite": 0, "download_bytes": 900, "upload_bytes": 90,
+     "wasted_download_bytes": 60, "wasted_upload_bytes": 6, "download_s": 1.0, "compute_s": 2.0, "upload_s": 3.0,
+     "wait_s": 4.0, "clock_s": 7.0, "host_s": 0.1, "loss": 1.2},
+    {"event": "federated_held_out", "clean": 0.9, "robust": 0.5, "low_client": 0.8},
+]  # fmt: skip
+
+
 def scrape(exporter: Exporter) -> Values:
     with urllib.request.urlopen(f"http://{exporter.address}/metrics", timeout=5) as answer:
         text = answer.read().decode()

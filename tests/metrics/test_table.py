@@ -9,7 +9,7 @@ from distrobust.metrics.table import BUILD, TABLE, WHO, Metric
 LABELS = {"run", "rank", "phase", "attack", "group", "model"}  # of few values each
 EVENTS = {
     *("run", "phase", "activity", "step", "epoch", "watch", "diverged", "checkpoint", "checkpoint_failed"),
-    "evaluation",
+    *("evaluation", "federated_round", "federated_held_out"),
 }
 OPERATIONS = {  # what dashboards have been promised
     "distrobust_comm_sent_bytes_total",

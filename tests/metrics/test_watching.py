@@ -82,7 +82,9 @@ def test_every_panel_is_selected_by_run_and_none_lies_on_another() -> None:
         assert not cells & taken, panel["title"]
         assert max(xs) < 24
         taken |= cells
-    assert [title for title, _ in ROWS] == ["Progress", "Speed", "Network", "Health", "Layers"]
+    assert [title for title, _ in ROWS] == [
+        *("Progress", "Speed", "Network", "Health", "Layers", "Federated simulation")
+    ]
 
 
 @needs_promtool
