@@ -1,4 +1,4 @@
-"""A real Prometheus, set up as k8s/monitoring says, scrapes a real run of two workers from its first step to its end.
+"""A real Prometheus, set up as k8s/monitoring says, scrapes a run of two workers and a simulation to their ends.
 
 Every query of every panel then has something to show, and no alert has fired by mistake.
 """
@@ -33,40 +33,38 @@ pytestmark = [
     pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed (Debian: prometheus)"),
 ]
 MONITORING = Path(__file__).parents[2] / "k8s/monitoring"
+RUNS = ("watched", "simulated")
 PANELS = [
     (panel["title"], target["legendFormat"], target["expr"])
     for panel in dashboard()["panels"]
     for target in panel.get("targets", ())
 ]
+ROUNDS = 1500
 LINGER_S = 60  # the exporters stay until the tests are over and end the run
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Prometheus that has watched a run of two workers, whose exporters still answer."""
+    """The address of a Prometheus that has watched both, whose exporters still answer."""
     directory = tmp_path_factory.mktemp("watched")
-    job = _job_file(directory)
-    with _prometheus(directory) as address:
-        arguments = [sys.executable, "-m", "distrobust", "train", str(job), "--launcher", "torchrun"]
-        log = (directory / "run.log").open("w+")
-        run = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            _wait_for_the_last_values(address, run, directory / "run.log")
-            yield address
-        finally:
-            run.terminate()
-            run.wait(timeout=30)
-            log.close()
+    data = write_stripes(directory / "data", num_train=320)
+    job = ("train", str(_job_file(directory, data)), "--launcher", "torchrun")
+    simulation = ("simulate", str(_simulation_file(directory, data)))
+    with _prometheus(directory) as address, _started(*job) as training, _started(*simulation) as simulating:
+        of_run = 'count(distrobust_evaluation_accuracy_ratio{model="fine-tuned", attack!="clean"}) == 2'
+        _wait_for(of_run, address, training)
+        _wait_for(f"distrobust_federated_finished_rounds == {ROUNDS}", address, simulating)
+        yield address
 
 
-def _job_file(directory: Path) -> Path:
+def _job_file(directory: Path, data: Path) -> Path:
     """Pre-training, fine-tuning and the final evaluation, with everything on that has a metric."""
     values = {
         "run": {"dir": str(directory / "runs/watched")},
         "cluster": {"workers": 2, "timeout_s": 60},
-        "data": {"path": str(write_stripes(directory / "data", num_train=320)), "held_out": 0.2},
+        "data": {"path": str(data), "held_out": 0.2},
         "model": {"name": "cnn"},
-        "pretrain": {"epochs": 2, "batch_size": 32},
+        "pretrain": {"epochs": 16, "batch_size": 32},  # so that Prometheus sees it at work
         "train": {"epochs": 8, "batch_size": 32},
         "attack": {"name": "pgd", "steps": 3, "eps": 0.05},
         "compress": {"density": 0.02, "warmup": 0.1},
@@ -74,9 +72,38 @@ def _job_file(directory: Path) -> Path:
         "checkpoint": {"every": 4},
         "metrics": {"every": 2, "port": 0, "linger_s": LINGER_S},
     }
-    path = directory / "job.yaml"
+    return _written(directory / "job.yaml", values)
+
+
+def _simulation_file(directory: Path, data: Path) -> Path:
+    values = {
+        "run": {"dir": str(directory / "runs/simulated")},
+        "data": {"path": str(data), "held_out": 0.2},
+        "clients": {"registered": 20, "per_round": 10, "rows": 32},
+        "attack": {"steps": 3, "eps": 0.05},
+        "upload": {"density": 0.05},
+        "rounds": {"number": ROUNDS, "over_selection": 0.2},
+        "evaluate": {"every": 10},
+        "metrics": {"port": 0, "linger_s": LINGER_S},
+    }
+    return _written(directory / "simulation.yaml", values)
+
+
+def _written(path: Path, values: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@contextmanager
+def _started(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """A command of distrobust, ended after the block."""
+    command = [sys.executable, "-m", "distrobust", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
 
 
 @contextmanager
@@ -86,7 +113,8 @@ def _prometheus(directory: Path) -> Iterator[str]:
     settings = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
     settings["global"] = {"scrape_interval": "250ms", "evaluation_interval": "250ms"}
     [discovery] = settings["scrape_configs"][0]["file_sd_configs"]
-    discovery["files"] = [f.replace("/shared/runs/digits", str(directory / "runs/watched")) for f in discovery["files"]]
+    [files] = discovery["files"]
+    discovery["files"] = [files.replace("/shared/runs/digits", f"{directory}/runs/{run}") for run in RUNS]
     discovery["refresh_interval"] = "250ms"
     (directory / "prometheus.yaml").write_text(yaml.safe_dump(settings))
     with socket.socket() as probe:
@@ -111,17 +139,18 @@ def _prometheus(directory: Path) -> Iterator[str]:
         process.wait(timeout=20)
 
 
-def _wait_for_the_last_values(address: str, run: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_for(expression: str, address: str, process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 120
-    while not _query(address, 'count(distrobust_evaluation_accuracy_ratio{model="fine-tuned", attack!="clean"}) == 2'):
-        assert run.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
+    while not _query(address, expression):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"{expression}: {process.communicate()[0]}")
         time.sleep(0.25)
 
 
 @pytest.mark.parametrize(("title", "legend", "expression"), PANELS, ids=[f"{t}: {n}" for t, n, _ in PANELS])
 def test_every_panel_has_something_to_show(server: str, title: str, legend: str, expression: str) -> None:
-    found = _query(server, expression.replace("$run", "watched|other"))
+    found = _query(server, expression.replace("$run", "watched|simulated|other"))
     assert found, title
     for series in found:
         assert all(series["metric"].get(label) for label in _labels(legend)), (legend, series["metric"])
@@ -148,7 +177,7 @@ def test_both_workers_were_scraped_long_before_the_end(server: str) -> None:
     finished = 'distrobust_finished_steps{phase="train"} == distrobust_planned_steps'
     assert {series["metric"]["rank"] for series in _query(server, finished)} == {"0", "1"}
     [up] = _query(server, 'count(up{job="distrobust"} == 1)')
-    assert up["value"][1] == "2"
+    assert up["value"][1] == "3"
     early = 'min_over_time(distrobust_finished_steps{phase="train"}[5m]) < distrobust_planned_steps / 2'
     assert len(_query(server, early)) == 2
 
@@ -156,7 +185,7 @@ def test_both_workers_were_scraped_long_before_the_end(server: str) -> None:
 def test_what_a_worker_serves_has_no_fault_promtool_knows(server: str) -> None:
     assert PROMTOOL is not None
     addresses = {series["metric"]["instance"] for series in _query(server, "up")}
-    assert len(addresses) == 2
+    assert len(addresses) == 3
     for address in addresses:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             served = answer.read()
