@@ -71,6 +71,7 @@ class RayLab:
         ray += [f"--node-ip-address={host.address}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
         if number == HEAD:
             ray += ["--head", f"--port={PORT}", f"--include-dashboard={str(self.has_jobs).lower()}"]
+            ray += [f"--dashboard-host={host.address}"] if self.has_jobs else []
         else:
             ray += [f"--address={self.address}"]  # waits for the head
         log = tempfile.TemporaryFile()  # noqa: SIM115  closed in remove
