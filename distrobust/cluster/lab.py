@@ -71,6 +71,7 @@ class RayLab:
         ray += [f"--node-ip-address={host.address}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
         if number == HEAD:
             ray += ["--head", f"--port={PORT}", f"--include-dashboard={str(self.has_jobs).lower()}"]
+            ray += [f"--dashboard-host={host.address}"] if self.has_jobs else []
         else:
             ray += [f"--address={self.address}"]  # waits for the head
         log = tempfile.TemporaryFile()  # noqa: SIM115  closed in remove
@@ -147,6 +148,8 @@ def ray_lab(num_hosts: int, link: Link, cpus: int = 1, has_jobs: bool = False) -
     """
     with switch(link, own_processes=True) as made:
         cluster = RayLab(made, cpus, has_jobs)
+        programs = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
+        cluster.environment["PATH"] = os.pathsep.join(programs)  # jobs and scripts find this `distrobust`
         cluster.environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         try:
             for _ in range(num_hosts):

@@ -113,9 +113,11 @@ def test_when_the_head_is_killed_the_same_command_on_a_new_cluster_continues(tmp
     job = jobs.write_job(tmp_path)
     run = tmp_path / "run"
     with _three_nodes() as cluster:
-        jobs.start(cluster, job)
+        driver = jobs.start(cluster, job)
         jobs.wait_for_step(run, 7)
         cluster.remove(HEAD)  # with the driver, as in a cluster whose job manager starts both again
+        code, _ = jobs.finish(driver)
+        assert code != 0
     with _three_nodes() as cluster:
         code, output = jobs.finish(jobs.start(cluster, job))
         assert code == 0, output

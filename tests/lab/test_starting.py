@@ -117,7 +117,7 @@ for argument in "$@"; do
     esac
 done
 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null' TERM
+trap 'for p in "${pids[@]}"; do kill $(cat /proc/$p/task/$p/children) 2>/dev/null; done' TERM
 for node in "${chosen[@]}"; do
     target=$(cat "$LAB_PIDS/$node")
     nsenter --target "$target" --net --pid --mount --wd="$PWD" \\
@@ -149,23 +149,24 @@ def test_slurms_template_starts_ray_with_a_token_and_ends_it(tmp_path: Path) -> 
         )
         for tool in bin_.iterdir():
             tool.chmod(0o755)
-        ran = subprocess.run(
-            [str(LAUNCH / "slurm"), str(job)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={
-                **ENVIRONMENT,
-                "PATH": f"{bin_}:{ENVIRONMENT['PATH']}",
-                "SLURM_SUBMIT_DIR": str(tmp_path),
-                "DISTROBUST_VENV": str(tmp_path / "none"),
-                "SLURM_JOB_NODELIST": ",".join(addresses),
-                "SLURM_JOB_NUM_NODES": "3",
-                "SLURM_CPUS_PER_TASK": "1",
-                "LAB_PIDS": str(pids),
-            },
-        )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+        with (tmp_path / "out").open("w") as out:  # not a pipe: Ray's nodes have it too, and are drained after the end
+            ran = subprocess.run(
+                [str(LAUNCH / "slurm"), str(job)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=300,
+                env={
+                    **ENVIRONMENT,
+                    "PATH": f"{bin_}:{ENVIRONMENT['PATH']}",
+                    "SLURM_SUBMIT_DIR": str(tmp_path),
+                    "DISTROBUST_VENV": str(tmp_path / "none"),
+                    "SLURM_JOB_NODELIST": ",".join(addresses),
+                    "SLURM_JOB_NUM_NODES": "3",
+                    "SLURM_CPUS_PER_TASK": "1",
+                    "LAB_PIDS": str(pids),
+                },
+            )
+    assert ran.returncode == 0, (tmp_path / "out").read_text()
     (start,) = jobs.records(tmp_path / "run", "run")
     assert start["world_size"] == 3
     _assert_holds_no_secret(tmp_path / "run")
