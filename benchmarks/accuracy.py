@@ -28,12 +28,12 @@ from workers import Workers
 
 from distrobust import data
 from distrobust.adversarial import losses
-from distrobust.adversarial.accuracy import score
 from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.evaluate import count_correct
 from distrobust.adversarial.folded import Folded
 from distrobust.adversarial.threat import Threat
 from distrobust.compression.memory import Rule
+from distrobust.evaluation.accuracy import score
+from distrobust.evaluation.counting import count_correct
 from distrobust.optim.schedules import Schedule, ramp
 from distrobust.train.modelfile import build_model, load_model_file
 from distrobust.train.randomness import generator_at

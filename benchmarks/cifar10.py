@@ -19,8 +19,8 @@ from typing import Any
 import record
 
 from distrobust import config as configuration
-from distrobust.adversarial.suite import Suite
 from distrobust.adversarial.threat import Threat
+from distrobust.evaluation.suite import Suite
 from distrobust.metrics import jsonl
 from distrobust.train.evaluation import Job
 from distrobust.train.evaluation_ranks import evaluate

@@ -23,8 +23,8 @@ from typing import Any
 import record
 from cifar10 import train
 
-from distrobust.adversarial.suite import Suite
 from distrobust.adversarial.threat import Threat
+from distrobust.evaluation.suite import Suite
 from distrobust.metrics import jsonl
 from distrobust.train.evaluation import Job
 from distrobust.train.evaluation_ranks import evaluate

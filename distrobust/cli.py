@@ -154,9 +154,9 @@ def evaluate(
     Every finished batch is kept: the same command continues after an interruption, and with more --attacks does
     only those. Under torchrun its ranks share the batches.
     """
-    from distrobust import report_evaluation
-    from distrobust.adversarial.suite import Suite, parse_budget, parse_names
     from distrobust.adversarial.threat import Threat
+    from distrobust.evaluation.suite import Suite, parse_budget, parse_names
+    from distrobust.report import evaluation as report_evaluation
     from distrobust.train.evaluation import Job
     from distrobust.train.evaluation_ranks import evaluate as evaluate_job
 
@@ -251,7 +251,7 @@ def ensemble(
     Clean and PGD accuracy of every mixture on the rows that FINE_TUNED's run held out; then the test numbers of the
     chosen one and of both ends.
     """
-    from distrobust import report_ensemble
+    from distrobust.report import ensemble as report_ensemble
     from distrobust.train import ensembling
 
     if others["out"] is not None:
@@ -289,7 +289,7 @@ def simulate(file: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write RUN/report.html."""
-    from distrobust.report import write_report
+    from distrobust.report.run import write_report
 
     click.echo(str(write_report(run)))
 
@@ -476,7 +476,7 @@ def _finish(directory: RunDirectory, outcome: Outcome) -> None:
 
 def _report(directory: Path) -> Path | None:
     """Writes the report; None, with a line that says why, where it cannot be drawn."""
-    from distrobust.report import write_report
+    from distrobust.report.run import write_report
 
     try:
         return write_report(directory)

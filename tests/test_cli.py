@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from distrobust import cli
-from distrobust.adversarial.suite import Name
 from distrobust.adversarial.threat import Norm
+from distrobust.evaluation.suite import Name
 from distrobust.train.modelfile import build_model, save_model_file
 
 

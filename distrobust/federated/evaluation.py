@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from distrobust.adversarial import Attack, Score, count_correct, score
+from distrobust.adversarial import Attack
+from distrobust.evaluation import Score, count_correct, score
 from distrobust.federated import draws
 from distrobust.federated.attacked import threat_of
 from distrobust.federated.dataset import Rows

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distrobust.adversarial import Score
 from distrobust.compression.memory import Rule
 from distrobust.errors import DivergedError
+from distrobust.evaluation import Score
 from distrobust.federated import batches, deadline, evaluation, network, partition, personal, server, timeline, totals
 from distrobust.federated.availability import Availability
 from distrobust.federated.coding import Coder, compress

@@ -23,13 +23,13 @@ from torch import nn
 
 from distrobust import __version__, data
 from distrobust import config as configuration
-from distrobust.adversarial.accuracy import Score, score
 from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.ensemble import Statistics, interpolate, reestimate_
-from distrobust.adversarial.evaluate import count_correct
 from distrobust.adversarial.threat import Threat
 from distrobust.data import Shard, Source
 from distrobust.errors import ConfigError, ModelError
+from distrobust.evaluation.accuracy import Score, score
+from distrobust.evaluation.counting import count_correct
+from distrobust.evaluation.ensemble import Statistics, interpolate, reestimate_
 from distrobust.train.modelfile import build_model, read_model_file, refuse_text, save_model_file
 from distrobust.train.rundir import write_atomically
 from distrobust.train.scoring import spaced_rows

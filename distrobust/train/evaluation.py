@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distrobust import data
-from distrobust.adversarial.evaluation import standing, summary
-from distrobust.adversarial.suite import Suite
-from distrobust.adversarial.trial import Trial, Verdict, attempt
 from distrobust.errors import ConfigError, ModelError
+from distrobust.evaluation.evaluation import standing, summary
+from distrobust.evaluation.suite import Suite
+from distrobust.evaluation.trial import Trial, Verdict, attempt
 from distrobust.train.modelfile import build_model, load_model_file, read_model_file, refuse_text
 from distrobust.train.scoring import spaced_rows
 from distrobust.train.verdicts import VerdictDirectory

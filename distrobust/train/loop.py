@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrobust.adversarial.accuracy import Score
 from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.threat import Threat
 from distrobust.config import AttackConfig, Config, PhaseConfig
 from distrobust.data import Shard
 from distrobust.errors import DivergedError
+from distrobust.evaluation.accuracy import Score
 from distrobust.optim.rates import mean_by_layer, norm_by_layer
 from distrobust.train import checkpoint, scoring
 from distrobust.train.checkpoint import Retries

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distrobust.adversarial.accuracy import Counts, Score, score
 from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.evaluate import count_correct
 from distrobust.adversarial.threat import Threat
 from distrobust.comm.transport import Transport
 from distrobust.data import Shard
+from distrobust.evaluation.accuracy import Counts, Score, score
+from distrobust.evaluation.counting import count_correct
 
 NATURAL = Attack("none")
 

@@ -30,9 +30,9 @@ import yaml
 from torch import nn
 
 from distrobust import config as configuration
-from distrobust.adversarial.accuracy import wilson
 from distrobust.config import Config
 from distrobust.errors import ConfigError, DivergedError
+from distrobust.evaluation.accuracy import wilson
 from distrobust.metrics import Fanout, jsonl
 from distrobust.train import launch, transfer
 from distrobust.train.job import describe_training

@@ -22,8 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distrobust.adversarial.trial import Verdict
 from distrobust.errors import CheckpointError
+from distrobust.evaluation.trial import Verdict
 from distrobust.metrics import jsonl
 from distrobust.train.rundir import write_atomically
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distrobust.adversarial import MART, PGDAT, TRADES, Attack, Threat, TrainingLoss, count_correct
+from distrobust.adversarial import MART, PGDAT, TRADES, Attack, Threat, TrainingLoss
 from distrobust.adversarial.attacks import cross_entropy_sum, input_gradient
 from distrobust.adversarial.points import Points
 from distrobust.adversarial.threat import OpenThreat, noise, project, random_start
 from distrobust.errors import ConfigError
+from distrobust.evaluation import count_correct
 from distrobust.models import Transformer, build, build_transformer
 from tests.harness.ranks import Rank, run_ranks
 

@@ -17,7 +17,7 @@ from distrobust.federated import evaluation, network
 from distrobust.federated.partition import Partition
 from distrobust.federated.totals import BANDS, by_band
 from distrobust.metrics import jsonl
-from distrobust.report import write_report
+from distrobust.report.run import write_report
 
 DRAWN = (
     *("Accuracy against rounds", "Accuracy against bytes", "Accuracy against time", "Accuracy over clients"),

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrobust.adversarial.suite import Suite
 from distrobust.adversarial.threat import Threat
 from distrobust.config import Config
+from distrobust.evaluation.suite import Suite
 from distrobust.metrics import jsonl
 from distrobust.train import launch
 from distrobust.train.evaluation import Job

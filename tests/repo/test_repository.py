@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from distrobust import config
 from distrobust.cli import commands
@@ -22,10 +23,10 @@ RECORDS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 def test_every_launch_file_is_a_valid_configuration(path: Path) -> None:
     if path.name.startswith("federated-"):
         simulated = settings.load(path)
-        assert settings.parse(config.yaml.safe_load(config.dump(simulated)), "again") == simulated
+        assert settings.parse(yaml.safe_load(config.dump(simulated)), "again") == simulated
         return
     loaded = config.load(path)
-    assert config.parse(config.yaml.safe_load(config.dump(loaded)), "again") == loaded
+    assert config.parse(yaml.safe_load(config.dump(loaded)), "again") == loaded
 
 
 def test_importing_the_package_imports_neither_ray_nor_prometheus_nor_torch() -> None:

@@ -56,7 +56,7 @@ def make_config(stripes: Path, tmp_path: Path) -> MakeConfig:
             "metrics": {"every": 2, "port": None},
         }
         for override in overrides:
-            configuration._override(values, override)
+            configuration.override(values, override)
         return configuration.parse(values, "test")
 
     return make

@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from distrobust import cli, data
-from distrobust.adversarial.ensemble import interpolate
 from distrobust.adversarial.threat import Threat
 from distrobust.config import Config
 from distrobust.errors import ConfigError, ModelError
+from distrobust.evaluation.ensemble import interpolate
 from distrobust.train import ensembling
 from distrobust.train.ensembling import Settings, sweep
 from distrobust.train.modelfile import build_model, read_model_file, save_model_file

@@ -19,10 +19,10 @@ import torch
 from torch.nn import functional as F
 
 from distrobust import data
-from distrobust.adversarial.suite import Suite
 from distrobust.adversarial.threat import Threat
-from distrobust.adversarial.trial import Verdict
 from distrobust.errors import CheckpointError, CommError, ConfigError, ModelError
+from distrobust.evaluation.suite import Suite
+from distrobust.evaluation.trial import Verdict
 from distrobust.train import evaluation, evaluation_ranks
 from distrobust.train.evaluation import Job, Opened, record, run_rank
 from distrobust.train.evaluation_ranks import evaluate

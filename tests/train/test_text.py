@@ -55,7 +55,7 @@ def make_text_config(texts: Path, tmp_path: Path) -> MakeConfig:
             "metrics": {"every": 2, "port": None},
         }
         for override in overrides:
-            configuration._override(values, override)
+            configuration.override(values, override)
         return configuration.parse(values, "test")
 
     return make

@@ -20,9 +20,9 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from distrobust.adversarial.accuracy import Score, wilson
-from distrobust.adversarial.flags import Flag
-from distrobust.adversarial.trial import Trial, Verdict
+from distrobust.evaluation.accuracy import Score, wilson
+from distrobust.evaluation.flags import Flag
+from distrobust.evaluation.trial import Trial, Verdict
 
 Codes = NDArray[np.int8]
 

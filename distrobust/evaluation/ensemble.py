@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.evaluate import batch_seed
 from distrobust.adversarial.threat import Threat
 from distrobust.errors import ConfigError, ModelError
+from distrobust.evaluation.counting import batch_seed
 
 Statistics = Literal["none", "clean", "adversarial"]
 STATISTICS: tuple[Statistics, ...] = get_args(Statistics)

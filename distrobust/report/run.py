@@ -7,14 +7,14 @@ half-way, or on another machine.
 from collections.abc import Sequence
 from pathlib import Path
 
-from distrobust import report_federated, report_page
 from distrobust.errors import CheckpointError
 from distrobust.metrics.console import megabytes, percent, times, traffic
 from distrobust.metrics.jsonl import read
-from distrobust.report_heatmap import heat_maps
-from distrobust.report_page import duration
-from distrobust.report_plots import Figure, figures
-from distrobust.report_story import Record, Story, tell
+from distrobust.report import federated, page
+from distrobust.report.heatmap import heat_maps
+from distrobust.report.page import duration
+from distrobust.report.plots import Figure, figures
+from distrobust.report.story import Record, Story, tell
 
 
 def write_report(run_directory: Path) -> Path:
@@ -33,11 +33,11 @@ def write_report(run_directory: Path) -> Path:
         raise CheckpointError(f"{metrics}: no records yet; try again after the first steps")
     name, path = run_directory.resolve().name, run_directory / "report.html"
     if any(record.get("event") == "simulation" for record in records):
-        return report_page.write(path, name, report_federated.parts(name, records))
+        return page.write(path, name, federated.parts(name, records))
     story = tell(name, records)
     restarts = [step for step, _ in story.restarts]
     plots = [*figures(story.phases, restarts), *heat_maps(story.phases, restarts)] if story.phases else []
-    return report_page.write(path, name, _parts(story, plots))
+    return page.write(path, name, _parts(story, plots))
 
 
 def _parts(story: Story, plots: Sequence[Figure]) -> list[str]:
@@ -47,8 +47,8 @@ def _parts(story: Story, plots: Sequence[Figure]) -> list[str]:
         _tiles(story),
         _evaluations(story),
         _notices(story),
-        report_page.plots(plots, f"Steps of all phases, one after the other.{dotted}"),
-        report_page.settings(story.run),
+        page.plots(plots, f"Steps of all phases, one after the other.{dotted}"),
+        page.settings(story.run),
     ]
 
 
@@ -60,7 +60,7 @@ def _header(story: Story) -> str:
         what.append(f"{story.run['world_size']} worker" + ("s" if story.run["world_size"] != 1 else ""))
     what += [f"{phase.num_steps:,} steps of {phase.title}" for phase in story.phases]
     finished = story.seconds is not None
-    return report_page.header("run", finished, story.name, _verdict(story), what, story.started)
+    return page.header("run", finished, story.name, _verdict(story), what, story.started)
 
 
 def _verdict(story: Story) -> str:
@@ -108,13 +108,13 @@ def _tiles(story: Story) -> str:
         tiles.append((f"{times(factor)} times fewer", f"bytes: {sent} per worker, dense {dense}"))
     if story.seconds is not None:
         tiles.append((duration(story.seconds), "wall time"))
-    return report_page.tiles(tiles)
+    return page.tiles(tiles)
 
 
 def _evaluations(story: Story) -> str:
     """The before / after table."""
     sent = [f"{line}." for line in traffic([step for p in story.phases for step in p.steps])]
-    return report_page.accuracies("Before and after", story.evaluations, sent)
+    return page.accuracies("Before and after", story.evaluations, sent)
 
 
 def _notices(story: Story) -> str:
@@ -123,7 +123,7 @@ def _notices(story: Story) -> str:
     if skipped:
         texts.append(f"steps skipped on all ranks because a gradient was not finite: {skipped:,}")
     texts += [f"restarted: {text}" for _, text in story.restarts]
-    return report_page.notices(texts)
+    return page.notices(texts)
 
 
 def _main_attack(story: Story) -> str | None:

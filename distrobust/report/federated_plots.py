@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from distrobust.report_heatmap import Stretch, heat_map
-from distrobust.report_plots import (
+from distrobust.report.heatmap import Stretch, heat_map
+from distrobust.report.plots import (
     CLEAN,
     GREY,
     LOSS,
@@ -21,7 +21,7 @@ from distrobust.report_plots import (
     drawing,
     style,
 )
-from distrobust.report_story import Phase, Record
+from distrobust.report.story import Phase, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.ensemble import interpolate, reestimate_
-from distrobust.adversarial.evaluate import batch_seed
 from distrobust.adversarial.threat import Threat
 from distrobust.errors import ConfigError, ModelError
+from distrobust.evaluation.counting import batch_seed
+from distrobust.evaluation.ensemble import interpolate, reestimate_
 
 
 def state(seed: int) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from distrobust.report_plots import SCALE, STYLE, Figure, drawing, label_steps, mark
-from distrobust.report_story import Phase
+from distrobust.report.plots import SCALE, STYLE, Figure, drawing, label_steps, mark
+from distrobust.report.story import Phase
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distrobust.adversarial.checks import concerning, reasons_for_distrust
-from distrobust.adversarial.finding import (
+from distrobust.evaluation.checks import concerning, reasons_for_distrust
+from distrobust.evaluation.finding import (
     ExpectedRobustness,
     Finding,
     Result,
@@ -23,9 +23,9 @@ from distrobust.adversarial.finding import (
     result,
     worst_case,
 )
-from distrobust.adversarial.flags import Flag
-from distrobust.adversarial.suite import Suite
-from distrobust.adversarial.trial import Trial, Verdict, attempt
+from distrobust.evaluation.flags import Flag
+from distrobust.evaluation.suite import Suite
+from distrobust.evaluation.trial import Trial, Verdict, attempt
 
 Done = Mapping[tuple[str, int], Verdict]  # (trial's key, batch number) -> verdict
 

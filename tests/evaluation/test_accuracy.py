@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrobust.adversarial.accuracy import MIN_SAMPLES, Counts, score, wilson
 from distrobust.adversarial.attacks import Attack
 from distrobust.adversarial.threat import Threat
+from distrobust.evaluation.accuracy import MIN_SAMPLES, Counts, score, wilson
 
 fractions = st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 tuples = st.lists(st.integers(0, 50), max_size=4).map(tuple)

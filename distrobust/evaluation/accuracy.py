@@ -17,10 +17,10 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from distrobust.adversarial import flags
 from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.flags import MIN_SAMPLES
 from distrobust.adversarial.threat import Norm, Threat
+from distrobust.evaluation import flags
+from distrobust.evaluation.flags import MIN_SAMPLES
 
 
 def wilson(correct: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:

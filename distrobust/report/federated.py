@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distrobust import report_page
 from distrobust.metrics.console import percent
-from distrobust.report_federated_plots import Course, figures
-from distrobust.report_story import Record
+from distrobust.report import page
+from distrobust.report.federated_plots import Course, figures
+from distrobust.report.story import Record
 
 MODELS = {"global": "global model", "ftfa": "fine-tuned (FTFA)", "rtfa": "regularised (RTFA)"}
 
@@ -28,12 +28,12 @@ def parts(name: str, records: Sequence[Record]) -> list[str]:
     ]
     started = float(records[0].get("time") or 0)
     return [
-        report_page.header("simulation", course.summary is not None, name, _verdict(course), facts, started),
-        report_page.tiles(_tiles(course)),
+        page.header("simulation", course.summary is not None, name, _verdict(course), facts, started),
+        page.tiles(_tiles(course)),
         _scores(course),
-        report_page.notices(_notices(course)),
-        report_page.plots(figures(course), "Bytes are lengths of messages; times are those of the virtual clock."),
-        report_page.settings(begun),
+        page.notices(_notices(course)),
+        page.plots(figures(course), "Bytes are lengths of messages; times are those of the virtual clock."),
+        page.settings(begun),
     ]
 
 
@@ -86,7 +86,7 @@ def _scores(course: Course) -> str:
     if personal is not None:
         each = ", ".join(f"{MODELS[name]} {percent(value)}" for name, value in personal["accuracies"].items())
         notes.append(f"On {personal['rows']:,} own test rows of {personal['clients']:,} clients: {each}.")
-    return report_page.accuracies("On the test rows", rows, notes)
+    return page.accuracies("On the test rows", rows, notes)
 
 
 def _notices(course: Course) -> list[str]:
@@ -106,7 +106,7 @@ def _notices(course: Course) -> list[str]:
 
 
 def _clock(course: Course) -> str:
-    return report_page.duration(float(course.rounds[-1]["clock_s"]))
+    return page.duration(float(course.rounds[-1]["clock_s"]))
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distrobust.adversarial import checks, libraries
-from distrobust.adversarial.evaluation import Evaluation, run
-from distrobust.adversarial.finding import Finding
-from distrobust.adversarial.suite import Suite, grey_budget
 from distrobust.adversarial.threat import Threat
-from distrobust.adversarial.trial import Trial, Verdict
 from distrobust.errors import DataError, ModelError
+from distrobust.evaluation import checks, libraries
+from distrobust.evaluation.evaluation import Evaluation, run
+from distrobust.evaluation.finding import Finding
+from distrobust.evaluation.suite import Suite, grey_budget
+from distrobust.evaluation.trial import Trial, Verdict
 
 LINF = Threat("linf", 0.06)
 Batches = list[tuple[Tensor, Tensor]]
@@ -138,7 +138,7 @@ def test_without_gradients_an_attack_that_needs_them_is_refused_and_square_works
     detached, few = attacked.Detached(model).eval(), [(batches[0][0][:50], batches[0][1][:50])]
     with pytest.raises(ModelError, match=r"PGD-20 .* no gradient with respect to its input .* --attacks square"):
         evaluated(detached, few, Suite(LINF))
-    monkeypatch.setattr("distrobust.adversarial.suite.SQUARE_QUERIES", 100)
+    monkeypatch.setattr("distrobust.evaluation.suite.SQUARE_QUERIES", 100)
     evaluation = evaluated(detached, few, Suite(LINF, ("square",)))
     clean, square = evaluation.results
     assert square.score.correct < clean.score.correct

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distrobust.metrics.console import percent
-from distrobust.report_plots import Figure
-from distrobust.report_story import Record
+from distrobust.report.plots import Figure
+from distrobust.report.story import Record
 
 
 def write(path: Path, title: str, parts: Iterable[str]) -> Path:

@@ -14,19 +14,19 @@ import torch
 from harness import attacked
 from torch import Tensor, nn
 
-from distrobust.adversarial import libraries, suite
-from distrobust.adversarial import trial as trial_module
-from distrobust.adversarial.accuracy import wilson
 from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.evaluate import batch_seed, count_correct
-from distrobust.adversarial.evaluation import run, standing, summary
-from distrobust.adversarial.finding import Finding, expected_robustness
-from distrobust.adversarial.libraries import AutoAttackPart
-from distrobust.adversarial.passes import counted
-from distrobust.adversarial.suite import Suite, parse_budget, parse_names
 from distrobust.adversarial.threat import Norm, Threat
-from distrobust.adversarial.trial import Trial, Verdict, attempt, in_ball
 from distrobust.errors import ConfigError
+from distrobust.evaluation import libraries, suite
+from distrobust.evaluation import trial as trial_module
+from distrobust.evaluation.accuracy import wilson
+from distrobust.evaluation.counting import batch_seed, count_correct
+from distrobust.evaluation.evaluation import run, standing, summary
+from distrobust.evaluation.finding import Finding, expected_robustness
+from distrobust.evaluation.libraries import AutoAttackPart
+from distrobust.evaluation.passes import counted
+from distrobust.evaluation.suite import Suite, parse_budget, parse_names
+from distrobust.evaluation.trial import Trial, Verdict, attempt, in_ball
 
 # foolbox 3.3.4 imports gaussian_filter from a module scipy has deprecated; nothing of ours can change that.
 needs_foolbox = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")

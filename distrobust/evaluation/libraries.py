@@ -5,7 +5,7 @@
 
 A second implementation is worth more than a second run of our own. Both libraries draw from torch's global
 generators and call backward(): the caller seeds and restores the generators and freezes the parameters
-(`settled` in evaluate.py). x: (B, C, H, W) float32 in [0, 1]; y: (B,) int64; the answer has x's shape.
+(`settled` in counting.py). x: (B, C, H, W) float32 in [0, 1]; y: (B,) int64; the answer has x's shape.
 
 AutoAttack's standard version runs the four one after another, each on the images that still stand. Here each
 is called by itself, with the standard version's settings, so that its result can be kept on its own; a test

@@ -23,12 +23,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from distrobust.adversarial.accuracy import Counts
 from distrobust.adversarial.attacks import Attack, cross_entropy_sum, evaluation_mode, input_gradient
-from distrobust.adversarial.libraries import foolbox_examples, require
 from distrobust.adversarial.points import Embeds, Points
 from distrobust.adversarial.threat import Norm, Threat
 from distrobust.errors import ConfigError, DataError
+from distrobust.evaluation.accuracy import Counts
+from distrobust.evaluation.libraries import foolbox_examples, require
 
 # images (B, C, H, W), float in [0, 1] or uint8 in 0..255, or tokens (B, L) of a text; labels (B,) of any integer type
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrobust.adversarial.accuracy import Counts
 from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.evaluate import batch_seed, count_correct, foolbox_pgd
 from distrobust.adversarial.threat import Threat
 from distrobust.errors import ConfigError, DataError
+from distrobust.evaluation.accuracy import Counts
+from distrobust.evaluation.counting import batch_seed, count_correct, foolbox_pgd
 
 torch.set_num_threads(1)
 # foolbox 3.3.4 imports gaussian_filter from a module scipy has deprecated; nothing of ours can change that.

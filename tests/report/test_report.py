@@ -11,8 +11,8 @@ import pytest
 
 from distrobust.errors import CheckpointError, ConfigError
 from distrobust.metrics.jsonl import JsonLines
-from distrobust.report import write_report
-from distrobust.report_story import tell
+from distrobust.report.run import write_report
+from distrobust.report.story import tell
 
 EVIL = "<script>alert('&')</script>$x_$"  # the end is mathematics to matplotlib, and wrong
 RATIO, NOISE = "Learning-rate ratio per layer group", "Gradient noise per layer group"

@@ -14,11 +14,11 @@ from fractions import Fraction
 
 import numpy as np
 
-from distrobust.adversarial import flags
-from distrobust.adversarial.accuracy import wilson
-from distrobust.adversarial.finding import Finding
-from distrobust.adversarial.flags import MIN_SAMPLES, Flag
-from distrobust.adversarial.libraries import is_installed
+from distrobust.evaluation import flags
+from distrobust.evaluation.accuracy import wilson
+from distrobust.evaluation.finding import Finding
+from distrobust.evaluation.flags import MIN_SAMPLES, Flag
+from distrobust.evaluation.libraries import is_installed
 
 SIGNIFICANCE = 0.01
 RIGHT_ON_GREY = 0.01  # share of images that may stand in a ball that holds the grey image

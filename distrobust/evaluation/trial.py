@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from distrobust.adversarial.attacks import cross_entropy_sum, pgd
-from distrobust.adversarial.evaluate import prepared, settled
-from distrobust.adversarial.libraries import AutoAttackPart, autoattack_examples, foolbox_examples
-from distrobust.adversarial.passes import counted
 from distrobust.adversarial.threat import Threat, random_start
 from distrobust.errors import ModelError
+from distrobust.evaluation.counting import prepared, settled
+from distrobust.evaluation.libraries import AutoAttackPart, autoattack_examples, foolbox_examples
+from distrobust.evaluation.passes import counted
 
 Kind = Literal["clean", "probe", "pgd", "foolbox", "apgd-ce", "apgd-t", "fab-t", "square", "transfer"]
 Role = Literal["attack", "curve", "check"]

@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, get_args
 
-from distrobust.adversarial.libraries import MIN_CLASSES, AutoAttackPart, is_installed, require
 from distrobust.adversarial.threat import Threat
-from distrobust.adversarial.trial import Trial
 from distrobust.errors import ConfigError
+from distrobust.evaluation.libraries import MIN_CLASSES, AutoAttackPart, is_installed, require
+from distrobust.evaluation.trial import Trial
 
 Name = Literal["pgd", "autoattack", "foolbox", "square", "curve", "transfer"]
 CURVE = (1 / 4, 1 / 2, 3 / 4, 1.0, 3 / 2, 2.0)  # default budgets of the curve, in units of eps

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distrobust.errors import ConfigError
 from distrobust.metrics.console import megabytes
-from distrobust.report_story import Phase, Record
+from distrobust.report.story import Phase, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
