@@ -19,7 +19,7 @@ test: $(VENV)/test.done ## install what the tests need, check style and types, r
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (procs or ray or prometheus or lab)" --numprocesses auto
-	$(BIN)/python -m pytest -m "(procs or ray or prometheus) and not lab"
+	$(BIN)/python -m pytest -m "(procs or ray or prometheus) and not lab" --numprocesses 2 --dist loadfile
 
 slow: $(VENV)/test.done ## the tests that need data or minutes; DISTROBUST_CIFAR10=DIR for those on CIFAR-10
 	$(BIN)/python -m pytest -m "slow or gpu"

@@ -12,6 +12,8 @@ from typing import Any
 
 from distrobust.errors import CommError, ConfigError
 
+_log = logging.getLogger(__name__)
+
 LOOK_S = 0.5
 """Between two looks at what is waited for."""
 
@@ -78,6 +80,7 @@ def _wait_for_head(address: str, setting: str, deadline: float) -> None:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
         return  # "auto", or a name that only Ray understands
+    said = False
     while True:
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
@@ -88,4 +91,9 @@ def _wait_for_head(address: str, setting: str, deadline: float) -> None:
                     f"{setting}: got {address}, where no Ray head answers ({error}); start one there, or set it "
                     "to null for a private Ray on this machine"
                 ) from None
+            if not said:
+                _log.warning(
+                    "%s: nobody answers at %s yet; waiting %.0f s", setting, address, deadline - time.monotonic()
+                )
+                said = True
         time.sleep(LOOK_S)

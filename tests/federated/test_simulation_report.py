@@ -11,7 +11,7 @@ import pytest
 import torch
 from federated.conftest import Simulate, made_up
 from federated.test_command import arguments, run
-from test_report import EVIL, Balance
+from report.test_report import EVIL, Balance
 
 from distrobust.federated import evaluation, network
 from distrobust.federated.partition import Partition

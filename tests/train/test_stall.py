@@ -77,7 +77,9 @@ def test_a_run_beats_with_every_step_and_every_batch_of_an_evaluation(
 @pytest.mark.procs
 def test_a_rank_that_hangs_in_a_step_is_found_by_the_stacks_of_all(make_config: MakeConfig) -> None:
     """Rank 1 hangs in its third step; rank 0 waits for it in the backward pass until the timeout, and says so."""
-    config = make_config("cluster.workers=2", "cluster.launcher=torchrun", "cluster.timeout_s=6", "pretrain=null")
+    config = make_config(
+        "cluster={workers: 2, launcher: torchrun, timeout_s: 6}", "pretrain=null", "checkpoint={retries: 0}"
+    )
     store = config.run.dir.parent / "store"
     context = multiprocessing.get_context("spawn")
     errors = context.Queue()
