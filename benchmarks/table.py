@@ -142,6 +142,20 @@ SIMULATORS = {
 }
 
 
+def noise_estimators() -> list[str]:
+    """Bias and deviation of every estimator of a layer's gradient noise: medians over layers, early and later."""
+    rows = json.loads((RESULTS / "noise_estimators.json").read_text())["rows"]
+    tasks = {"gpt": "GPT", "natural": "CIFAR-10, natural", "n_fgsm": "CIFAR-10, N-FGSM"}
+    names = ("temporal", "independent", "spread", "projected")
+    lines = [f"| task | after steps | {' | '.join(names)} |", "| --- | --- |" + " --- |" * len(names)]
+    for key, task in tasks.items():
+        for moment in rows[key]["moments"]:
+            found = [moment["estimators"][name] for name in names]
+            cells = [f"{one['bias']['median']:+.2f}, {one['deviation']['median']:.2f}" for one in found]
+            lines.append(f"| {task} | {moment['steps_before']} | {' | '.join(cells)} |")
+    return lines
+
+
 def _percent(values: dict[str, Any]) -> str:
     half = values["half_width_95"]
     return f"{100 * values['mean']:.1f}" + ("" if half is None else f" +- {100 * half:.1f}")
@@ -151,4 +165,4 @@ if __name__ == "__main__":
     print("\n".join([*accuracy("n_fgsm", "pgd7"), "", *accuracy("natural"), "", *step(), "", *cifar10()]))
     tasks = ("digits", "cifar10")
     print("\n".join([*federated_compression(*tasks), *federated_personal(*tasks), *federated_robust()]))
-    print("\n".join(federated_speed()))
+    print("\n".join([*federated_speed(), *noise_estimators()]))
