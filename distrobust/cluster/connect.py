@@ -16,6 +16,7 @@ from distrobust.train import interface
 
 HEAD = "DISTROBUST_HEAD"
 """Variable of the workers: host name or address of the head, on an existing cluster."""
+_SHORTEST_START_S = 10.0
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def connected(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(settings.health_check_s)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(1.0, settings.start_timeout_s))
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_start_timeout_s(config))
     if settings.auth is not None:
         os.environ["RAY_AUTH_MODE"] = settings.auth
     deadline = time.monotonic() + (0.0 if settings.address is None else settings.start_timeout_s)
@@ -38,6 +39,17 @@ def connected(config: Config) -> Iterator[None]:
     with session(settings.address, "cluster.address", cpus, runtime_environment(config), deadline):
         _wait_for_resources(config, deadline)
         yield
+
+
+def _start_timeout_s(config: Config) -> float:
+    """How long Ray Train waits for a group of workers of one size before it looks again how many there can be.
+
+    Right after a node was lost it still counts that node, and waits for as many workers as before.
+    """
+    settings = config.cluster
+    if settings.min_workers is None:
+        return max(1.0, settings.start_timeout_s)
+    return max(_SHORTEST_START_S, min(settings.resize_every_s, settings.start_timeout_s))
 
 
 def runtime_environment(config: Config) -> dict[str, Any]:
