@@ -20,8 +20,8 @@ class ClusterConfig(Section):
     min_workers: Count | None = None
     """ray only: go on with as few as this many while nodes are missing; null: wait until all are back."""
     resize_every_s: Positive = 60.0
-    """With min_workers: seconds between looks for nodes that came, and before a run goes on without a lost one. A resize
-    is a restart from the last checkpoint."""
+    """With min_workers: seconds between looks for nodes that came, and before a run goes on without a lost one;
+    a resize is a restart from the last checkpoint."""
     threads: Count = 1
     """torch threads per worker; more workers x threads than cores is far slower, not faster."""
     gpu: bool = False
