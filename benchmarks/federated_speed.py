@@ -18,12 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 from typing import Any
 
 import record
-import torch
+from peer_environment import environment_of
 
 from distrobust import data
 
@@ -37,17 +36,6 @@ CASES: list[tuple[str, int, int, dict[str, int]]] = [  # model, registered, a ro
     ("cnn_gn", 1_000, 10, {"batched": 1, "serial": 1, "pfl": 1}),
 ]
 LIMIT_S = 420
-
-
-def environment_of(folder: Path) -> Path:
-    """The Python of an environment with the peers and this one's torch."""
-    python = folder / "bin/python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        own = next(iter(folder.glob("lib/python*/site-packages")))
-        (own / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-    return python
 
 
 def turn(
@@ -89,7 +77,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="CIFAR-10 as Parquet; without it no CNN")
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
-    theirs = environment_of(arguments.peers.absolute())
+    theirs = environment_of(arguments.peers.absolute(), PACKAGES)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         digits = data.write_digits(Path(folder) / "digits")

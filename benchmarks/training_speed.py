@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,17 +240,6 @@ class Contender:
             process.wait()
 
 
-def environment_of(folder: Path) -> Path:
-    """The Python of an environment with the peers and this one's torch."""
-    python = folder / "bin/python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        own = next(iter(folder.glob("lib/python*/site-packages")))
-        (own / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES], check=True)
-    return python
-
-
 def measure(python: Path, method: str, model: str, fast: bool, ranks: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Images a second of each contender, median over rounds in which they take turns."""
     names = ["floor", OURS, "torchattacks", *(["ART"] if ranks == 1 else [SPARSE])]
@@ -294,7 +282,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="model")
     arguments = parser.parse_args()
-    python = environment_of(arguments.peers.absolute())
+    python = environment_of(arguments.peers.absolute(), PACKAGES, "--no-deps")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for model, ranks, fast, method in itertools.product(("resnet9", "cnn"), (1, 2), (True, False), METHODS):

@@ -31,7 +31,7 @@ def connected(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(settings.health_check_s)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_start_timeout_s(config))
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(group_start_timeout_s(config))
     if settings.auth is not None:
         os.environ["RAY_AUTH_MODE"] = settings.auth
     deadline = time.monotonic() + (0.0 if settings.address is None else settings.start_timeout_s)
@@ -41,7 +41,7 @@ def connected(config: Config) -> Iterator[None]:
         yield
 
 
-def _start_timeout_s(config: Config) -> float:
+def group_start_timeout_s(config: Config) -> float:
     """How long Ray Train waits for a group of workers of one size before it looks again how many there can be.
 
     Right after a node was lost it still counts that node, and waits for as many workers as before.

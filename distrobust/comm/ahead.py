@@ -7,8 +7,8 @@ parameters are back at w, to the bit, before the optimizer steps: between steps 
 
 Differences from the paper: it shifts by all of v_i and averages the errors of all ranks now and then. Without that, all
 of v_i leads astray, the more the larger N is: with few examples a rank it is mostly their noise. (The best linear guess
-at the mean of all residuals from one's own is c v_i with c = ||mean v||^2 / mean ||v_i||^2, at least 1 / N and little
-more in fine-tuning: `own_share` in the record of benchmarks/accuracy.py.) v is the accumulated velocity of Deep
+at the mean of all residuals from one's own is c v_i with c = ||mean v||^2 / mean ||v_i||^2, at least 1 / N;
+benchmarks/accuracy.py measures it as `own_share`.) v is the accumulated velocity of Deep
 Gradient Compression, in units of a gradient, so the shift takes the present rate.
 """
 
