@@ -100,6 +100,10 @@ def cells() -> list[dict[str, Any]]:
                     add(f"DGC {density:.1%} fp16", task, epochs, workers, density=density, **DGC)
                 kept = {"density": density, "values": "4bit", **AHEAD}
                 add(f"step-ahead {density:.1%} 4bit", task, epochs, workers, **kept)
+    for workers, shares in ((8, (0.125, 0.5)), (32, (0.03125, 0.125))):  # comm/ahead.py takes 2 / workers
+        for share in shares:
+            kept = {"density": 0.01, "values": "4bit", **AHEAD, "share": share}
+            add(f"step-ahead by {share:g} 1.0% 4bit", "n_fgsm", 1, workers, **kept)
     for method, options in (("dense", {}), ("auto 100x", auto(100))):
         add(method, "pgd7", 1, 2, **options)
     for rank in (1, 4):

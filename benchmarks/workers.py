@@ -43,6 +43,7 @@ class Workers:
         indices: str = "elias_fano",
         exchange: str = "all_gather",
         step_ahead: bool = False,
+        share: float | None = None,
         residual: bool = True,
         fuse_below: int = 2048,
         observers: Sequence[Observer] = (),
@@ -69,6 +70,10 @@ class Workers:
             )
             for transport, observer in zip(in_process(num_workers), observers or [None] * num_workers, strict=True)
         ]
+        if share is not None:  # c, how far to step ahead, other than comm/ahead.py chooses
+            for one in self.ranks:
+                assert one.ahead is not None
+                one.ahead.share = share
         if density == "auto":
             first_rank = self.ranks[0]
             budget = num_steps * first_rank.step_bytes(1.0) / fewer_bytes

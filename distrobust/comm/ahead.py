@@ -2,14 +2,14 @@
 
 Step-Ahead Error Feedback (Xu, Huo and Huang, AAAI 2021), section 4. Every rank holds the same w; its residual v_i is an
 update that waits. Plain error feedback computes the gradient at w, as if nothing waited, and applies the update many
-steps late. Here rank i computes it at w - rate * v_i / N, since a mean over N ranks is what will be applied, and the
-parameters are back at w, to the bit, before the optimizer steps: between steps they are the same on every rank.
+steps late. Here rank i computes it at w - rate * c * v_i, and the parameters are back at w, to the bit, before the
+optimizer steps: between steps they are the same on every rank.
 
-Differences from the paper: it shifts by all of v_i and averages the errors of all ranks now and then. Without that, all
-of v_i leads astray, the more the larger N is: with few examples a rank it is mostly their noise. (The best linear guess
-at the mean of all residuals from one's own is c v_i with c = ||mean v||^2 / mean ||v_i||^2, at least 1 / N;
-benchmarks/accuracy.py measures it as `own_share`.) v is the accumulated velocity of Deep
-Gradient Compression, in units of a gradient, so the shift takes the present rate.
+How far, c. The paper: all of v_i, c = 1, and the errors of all ranks averaged now and then. To first order the mean of
+the ranks' gradients is then the one at w - rate * mean v_i, where w will be. But v_i is mostly noise of a rank's own
+examples, the more the larger N is, and leads astray by c^2 ||v_i||^2. c = 1 / N, a rank's part of the mean, goes least
+astray and leaves most of the delay. Measured (benchmarks/accuracy.py), 2 / N serves best: all of v_i with two ranks. v
+is the accumulated velocity of Deep Gradient Compression, in units of a gradient, so the shift takes the present rate.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class StepAhead:
     ) -> None:
         self._parameters = parameters
         self._residuals = residuals
-        self._num_ranks = num_ranks
+        self.share = min(1.0, 2.0 / num_ranks)  # c
         self._rates = rates
-        self._shared: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
         self.is_ahead = False
 
     @torch.no_grad()
     def go(self) -> None:
-        """w -> w - rate * v / N, unless already there."""
+        """w -> w - rate * share * v, unless already there."""
         if self.is_ahead:
             return
         rates = self._rates()
@@ -52,11 +52,11 @@ class StepAhead:
             if residual.settled:  # v is zero
                 continue
             here = flat(parameter.detach())
-            shared = self._shared.get(name)
-            if shared is None:
-                shared = self._shared[name] = torch.empty_like(here)
-            shared.copy_(here)
-            here.add_(residual.v.to(here.dtype), alpha=-rates[name] / self._num_ranks)
+            kept = self._kept.get(name)
+            if kept is None:
+                kept = self._kept[name] = torch.empty_like(here)
+            kept.copy_(here)
+            here.add_(residual.v.to(here.dtype), alpha=-rates[name] * self.share)
         self.is_ahead = True
 
     @torch.no_grad()
@@ -66,5 +66,5 @@ class StepAhead:
             return
         for name, parameter in self._parameters.items():
             if not self._residuals[name].settled:
-                flat(parameter.detach()).copy_(self._shared[name])
+                flat(parameter.detach()).copy_(self._kept[name])
         self.is_ahead = False

@@ -247,7 +247,7 @@ def test_stepping_ahead_goes_at_each_layers_own_rate() -> None:
         ours.state.step_ahead()
         for name, now in ours.parameters().items():
             moved = (before[name] - now).reshape(-1)
-            expected = SGD["lr"] * ours.optimizer.ratios[name] * ours.state.residuals[name].v / 2
+            expected = SGD["lr"] * ours.optimizer.ratios[name] * ours.state.residuals[name].v
             torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
         assert min(ours.optimizer.ratios.values()) < 0.95
 

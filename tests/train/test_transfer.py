@@ -167,7 +167,7 @@ def test_the_multiplier_outlives_the_schedule_and_multiplies_with_the_noise() ->
 
 @pytest.mark.ranks
 def test_step_ahead_goes_as_far_as_the_layers_own_rate() -> None:
-    """After one sparse step w is moved by - rate x multiplier x v / 2, layer by layer, and back to the bit."""
+    """After one sparse step w is moved by - rate x multiplier x v, layer by layer, and back to the bit."""
 
     def body(rank: Rank) -> TrainState:
         state = state_of(rank, {"layer2.*": 0.25}, density=0.05, step_ahead=True, values="fp32", warmup=0.0)
@@ -181,7 +181,7 @@ def test_step_ahead_goes_as_far_as_the_layers_own_rate() -> None:
         rate = PEAK * (0.25 if name.startswith("layer2.") else 1.0)
         v = state.compression.residuals[name].v
         assert v.abs().max() > 0
-        torch.testing.assert_close(parameter.detach().view(-1), before[name].view(-1) - rate * v / 2)
+        torch.testing.assert_close(parameter.detach().view(-1), before[name].view(-1) - rate * v)
     state.compression.step_back()
     assert_equal({name: p.detach() for name, p in state.net.named_parameters()}, before)
 
