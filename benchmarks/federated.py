@@ -45,11 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "server": {"optimizer": "momentum", "momentum": 0.9, "rate": 0.3},
     },
 }
-ROBUST = {
-    "natural": {},
-    "adversarial": {"attack": {"eps": 0.1, "steps": 5}},
-    "adversarial, both 5 %": {"attack": {"eps": 0.1, "steps": 5}, **METHODS["both 5 %"]},
-}
+ATTACKS: dict[str, dict[str, Any]] = {"digits": {"eps": 0.1, "steps": 5}, "cifar10": {"eps": 8 / 255, "steps": 5}}
 TASKS: dict[str, dict[str, Any]] = {  # clients draw their rows: digits are too few to share out
     "digits": {"clients": {"rows": 64}, "local": {"batch_size": 16, "rate": 0.1}, "rounds": {"number": 150}},
     "cifar10": {"clients": {"rows": 128}, "local": {"batch_size": 32, "rate": 0.05}, "rounds": {"number": 30}},
@@ -162,14 +158,20 @@ def tuned(one: Simulation, epochs: int) -> personal.Personal:
 
 def robust(task: str, path: Path, seeds: int, scratch: Path) -> list[dict[str, Any]]:
     rows = []
-    for alpha, (method, more) in itertools.product(ALPHAS, ROBUST.items()):
+    attack = ATTACKS[task]
+    methods: dict[str, dict[str, Any]] = {
+        "natural": {},
+        "adversarial": {"attack": attack},
+        "adversarial, both 5 %": {"attack": attack, **METHODS["both 5 %"]},
+    }
+    for alpha, (method, more) in itertools.product(ALPHAS, methods.items()):
         runs = []
         for seed in range(seeds):
             with simulation(task, path, alpha, seed, scratch, **more) as one:
                 for _ in range(one.config.rounds.number):
                     one.step()
                 one.config = one.config.model_copy(  # natural training is attacked too
-                    update={"attack": settings.LocalAttackConfig(**ROBUST["adversarial"]["attack"])}
+                    update={"attack": settings.LocalAttackConfig(**attack)}
                 )
                 test = one.accuracies(loaded(task, path, seed)[1])
             runs.append({name: vars(score) for name, score in test.items()})
