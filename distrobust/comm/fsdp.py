@@ -8,10 +8,7 @@
 
 torch reduce-scatters each layer's gradient inside the machine and hands the result, one flat tensor with this rank's
 shards, to an all-reduce hook. There it is accumulated, selected and exchanged among the ranks of equal place in their
-machines; each holds the residual of its own shards only.
-
-    reduce_output, one fully_shard'ed module:   | shard of p0 | padding | shard of p1 | padding | ...
-    shard: row-major, of the size of DTensor.to_local(); padding: up to the largest shard of that parameter
+machines; each holds the residual of its own shards only. What lies where in it: fsdp_layers.py.
 
 Differences from the DDP hook, since torch's hook writes each layer's gradient before it has seen the next layer's:
 - Small tensors are selected together within a layer, not over the whole model.
@@ -19,9 +16,6 @@ Differences from the DDP hook, since torch's hook writes each layer's gradient b
 - One reduced backward a step. Accumulate with set_requires_gradient_sync(False), which skips the hook; torch ignores
   set_requires_all_reduce(False) on a mesh of one dimension and would call it each time.
 - Every layer must run on all machines or on none.
-
-The order of parameters in reduce_output is torch's own and not public: `_layout` reads it (torch 2.13), and
-tests/comm/test_fsdp.py compares the result with an unsharded run.
 """
 
 from __future__ import annotations
@@ -29,18 +23,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
-from torch.distributed.tensor import DTensor, Shard
-from torch.nn import Parameter
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from distrobust.comm import takeover
+from distrobust.comm import fsdp_layers, takeover
+from distrobust.comm.fsdp_layers import Layer, Piece
 from distrobust.comm.transport import Transport
 from distrobust.compression import codec, memory, message
 from distrobust.compression.codec import INDEX_CODES, VALUE_CODES, Code, Space
@@ -51,34 +44,6 @@ from distrobust.compression.select import SELECTORS, Selector, num_selected
 from distrobust.errors import CheckpointError, CodecError, ConfigError
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """This rank's shard of one parameter, from `start` in reduce_output; `size` elements, perhaps none."""
-
-    name: str
-    parameter: Parameter
-    residual: Residual
-    start: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.size
-
-    def weight(self) -> Tensor:
-        """(size,), row-major like the gradient."""
-        return _local(self.parameter.detach()).reshape(-1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """One module that fully_shard was called on; `numel` of its reduce_output, padding included."""
-
-    name: str
-    pieces: list[_Piece]
-    numel: int
 
 
 class ShardedCompression:
@@ -102,11 +67,11 @@ class ShardedCompression:
         self.select = select
         self.density = density
         self.fuse_below = fuse_below
-        self.layers: list[_Layer] = []
+        self.layers: list[Layer] = []
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        self._seen: list[_Layer] = []  # whose gradients were exchanged since the last optimizer step
+        self._seen: list[Layer] = []  # whose gradients were exchanged since the last optimizer step
         self._finite = True
         self._dense = False
 
@@ -120,7 +85,7 @@ class ShardedCompression:
         return self.machines.sent_bytes
 
     @property
-    def pieces(self) -> dict[str, _Piece]:
+    def pieces(self) -> dict[str, Piece]:
         return {piece.name: piece for layer in self.layers for piece in layer.pieces}
 
     def density_at(self, step: int) -> float:
@@ -132,7 +97,7 @@ class ShardedCompression:
         sparse = (self.machines.num_ranks - 1) * codec.num_bytes(Space(n, (num_selected(n, density),)), self.code)
         return density if self.machines.num_ranks == 1 or sparse < self.machines.reduce_bytes(4 * n) else 1.0
 
-    def reduce_(self, layer: _Layer, output: Tensor) -> None:
+    def reduce_(self, layer: Layer, output: Tensor) -> None:
         """The all-reduce hook: overwrites `output` (layer.numel,), the mean inside this machine, by that over all."""
         if output.numel() != layer.numel:
             raise ConfigError(
@@ -158,7 +123,7 @@ class ShardedCompression:
         else:
             output.copy_(mean)
 
-    def _reduce_sparse(self, layer: _Layer, gradient: Tensor) -> Tensor | None:
+    def _reduce_sparse(self, layer: Layer, gradient: Tensor) -> Tensor | None:
         """The mean (layer.numel,), or None if some machine's values are not finite. One all_gather."""
         accumulated = torch.zeros_like(gradient)
         for piece in layer.pieces:
@@ -171,7 +136,7 @@ class ShardedCompression:
             payload = None
             if k:
                 payload, indices, sent = codec.encode(indices, accumulated[indices], layout.space, self.code)
-                _remove(layer, indices, sent)
+                fsdp_layers.remove_sent(layer, indices, sent)
             empty = torch.zeros(0, device=gradient.device)
             packed = message.pack(layout, message.header(empty.bool(), empty), payload)
         else:
@@ -179,7 +144,7 @@ class ShardedCompression:
         received = self.machines.gather_rows(packed)
         return self._decode(layer, layout, received)
 
-    def _select(self, layer: _Layer, accumulated: Tensor) -> tuple[Tensor, int]:
+    def _select(self, layer: Layer, accumulated: Tensor) -> tuple[Tensor, int]:
         """Indices (k,) into reduce_output, ascending. How many does not depend on the values."""
         density = self.density_at(self.step)
         chosen, small, k = [], [], 0
@@ -201,7 +166,7 @@ class ShardedCompression:
             return torch.zeros(0, dtype=torch.int64, device=accumulated.device), k
         return torch.cat(chosen).sort().values, k
 
-    def _decode(self, layer: _Layer, layout: Layout, received: Tensor) -> Tensor | None:
+    def _decode(self, layer: Layer, layout: Layout, received: Tensor) -> Tensor | None:
         mean = torch.zeros(layer.numel, device=received.device)
         finite = True
         for machine, row in enumerate(received):  # in the order of machines, so that all get the same bits
@@ -216,7 +181,7 @@ class ShardedCompression:
             mean.index_add_(0, one.indices, one.values)
         return mean.div_(len(received)) if finite else None
 
-    def _reduce_dense(self, layer: _Layer, gradient: Tensor) -> Tensor | None:
+    def _reduce_dense(self, layer: Layer, gradient: Tensor) -> Tensor | None:
         """As DDP with SGD while residuals are settled; otherwise v and u are reduced once, which settles them."""
         mean = torch.zeros_like(gradient)
         if all(piece.residual.settled for piece in layer.pieces):
@@ -269,7 +234,7 @@ class ShardedCompression:
         """Residuals of this rank's shards, in the shards' shapes, by parameter name."""
         residuals = {}
         for name, piece in self.pieces.items():
-            shape = _local(piece.parameter).shape
+            shape = fsdp_layers.local(piece.parameter).shape
             entry: dict[str, Any] = {"v": piece.residual.v.view(shape).clone(), "settled": piece.residual.settled}
             if piece.residual.rule.momentum:
                 entry["u"] = piece.residual.u.view(shape).clone()
@@ -303,7 +268,7 @@ class ShardedCompression:
                 f"residuals of another model: {len(differing)} parameters differ, first {differing[0]!r}"
             )
         for name, entry in saved.items():
-            shape = _local(pieces[name].parameter).shape
+            shape = fsdp_layers.local(pieces[name].parameter).shape
             if entry["v"].shape != shape or ("u" in entry) != bool(pieces[name].residual.rule.momentum):
                 raise CheckpointError(
                     f"residual of {name!r}: got shape {tuple(entry['v'].shape)} and {'a' if 'u' in entry else 'no'} "
@@ -351,7 +316,7 @@ def compress_sharded(
         if value not in names:
             raise ConfigError(f"compress.{path}: got {value!r}, wanted one of {', '.join(names)}")
     schedule = Schedule(density, round(warmup * (num_steps or 0)), ladder)
-    found = _layout(model)
+    found = fsdp_layers.find(model)
     parameters = {name: parameter for _, _, named in found for name, parameter in named.items()}
     optimizers = takeover.unwrapped(optimizer)
     if momentum == "residual":
@@ -366,88 +331,19 @@ def compress_sharded(
     for name, module, named in found:
         pieces, start = [], 0
         for parameter_name, parameter in named.items():
-            local = _local(parameter.detach())
+            local = fsdp_layers.local(parameter.detach())
             residual = Residual(local.numel(), taken.rules[parameter_name], local.device)
             buffer = taken.momentum_buffers.get(parameter_name)
             if buffer is not None:
-                residual.u.copy_(_local(buffer).reshape(-1))
-            pieces.append(_Piece(parameter_name, parameter, residual, start, local.numel()))
-            start += _padded_numel(parameter)
+                residual.u.copy_(fsdp_layers.local(buffer).reshape(-1))
+            pieces.append(Piece(parameter_name, parameter, residual, start, local.numel()))
+            start += fsdp_layers.padded_numel(parameter)
             if local.numel():
                 dist.broadcast(local, group=machines, group_src=0)
-        layer = _Layer(name, pieces, start)
+        layer = Layer(name, pieces, start)
         state.layers.append(layer)
         module.set_all_reduce_hook(partial(state.reduce_, layer))
     if hasattr(model, "set_reduce_scatter_unused_params"):  # torch 2.13; otherwise unused parameters are refused
         model.set_reduce_scatter_unused_params(True)
     takeover.complete_(optimizers, taken, momentum == "residual", [state.finish_step])
     return state
-
-
-def _layout(model: FSDPModule) -> list[tuple[str, FSDPModule, dict[str, Parameter]]]:
-    """Of every sharded module: name, itself, and its trainable parameters in the order of reduce_output."""
-    assert isinstance(model, torch.nn.Module)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    found = []
-    for name, module in model.named_modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        groups = module._get_fsdp_state()._fsdp_param_groups
-        if len(groups) > 1:
-            raise ConfigError(f"layer {name!r}: its parameters are sharded over several meshes, wanted one")
-        for group in groups:
-            _check_group(name, group)
-            named = {
-                names[p.sharded_param]: p.sharded_param for p in group.fsdp_params if p.sharded_param.requires_grad
-            }
-            if named:
-                found.append((name, module, named))
-    if not found:
-        raise ConfigError("compress_sharded: the model has no sharded parameter that requires a gradient")
-    covered = {name for _, _, named in found for name in named}
-    outside = [name for name, p in model.named_parameters() if p.requires_grad and name not in covered]
-    if outside:
-        raise ConfigError(
-            f"{len(outside)} parameters are not sharded, first {outside[0]!r}, and would differ between machines: call "
-            "fully_shard on the whole model too"
-        )
-    return found
-
-
-def _check_group(name: str, group: Any) -> None:
-    if group._is_hsdp:
-        raise ConfigError(
-            f"layer {name!r}: fully_shard was given a mesh of two dimensions, so torch sums between machines itself, "
-            "dense, before the hook; wanted the mesh inside the machine alone, e.g. mesh['gpu']"
-        )
-    policy = group.mp_policy
-    if torch.float16 in (policy.param_dtype, policy.reduce_dtype):
-        raise ConfigError(
-            f"layer {name!r}: gradients in float16 are divided once more after the hook and need a loss scale, which "
-            "residuals would not follow; wanted float32 or bfloat16 in MixedPrecisionPolicy"
-        )
-    if isinstance(group.offload_policy, CPUOffloadPolicy):
-        raise ConfigError(
-            f"layer {name!r}: parameters are offloaded to the CPU, their residuals cannot be; wanted none"
-        )
-
-
-def _padded_numel(parameter: Parameter) -> int:
-    """Elements of reduce_output that belong to this parameter, on every rank alike."""
-    assert isinstance(parameter, DTensor)
-    (placement,) = parameter.placements
-    assert isinstance(placement, Shard)
-    length = parameter.shape[placement.dim]
-    return math.ceil(length / parameter.device_mesh.size()) * (parameter.numel() // length)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _remove(layer: _Layer, indices: Tensor, sent: Tensor) -> None:
-    """Takes `sent` (k,) at `indices` (k,) of reduce_output out of the layer's residuals."""
-    ends = torch.tensor([piece.end for piece in layer.pieces], device=indices.device)
-    counts = torch.searchsorted(indices, ends).diff(prepend=ends.new_zeros(1)).tolist()
-    for piece, s, values in zip(layer.pieces, indices.split(counts), sent.split(counts), strict=True):
-        memory.remove_sent(piece.residual, s, values, piece.start)
