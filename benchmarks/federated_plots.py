@@ -23,18 +23,20 @@ SHOWN = {"local": "local", "global": "FedAvg", "ftfa": "FTFA", "rtfa": "RTFA"}
 
 def main() -> None:
     METHODS[:] = dict.fromkeys(row["method"] for row in read("federated_compression_digits")["rows"])
-    figure, axes = plt.subplots(3, 4, figsize=(19, 13))
-    for row, task in zip(axes, TITLES, strict=False):
+    figure = plt.figure(figsize=(24, 15), layout="constrained")
+    grid = figure.add_gridspec(3, 20)  # four plots, four, five
+    axes = [[figure.add_subplot(grid[row, 5 * i : 5 * i + 5]) for i in range(4)] for row in range(2)]
+    last = [figure.add_subplot(grid[2, 4 * i : 4 * i + 4]) for i in range(5)]
+    for row, task in zip(axes, TITLES, strict=True):
         found = read(f"federated_compression_{task}")
         for pair, alpha in ((row[:2], 0.1), (row[2:], 1.0)):
             curves(pair, [one for one in found["rows"] if one["alpha"] == alpha], f"{TITLES[task]}, Dirichlet {alpha}")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=4, fontsize=9)
-    for axis, task in zip(axes[2][:2], TITLES, strict=True):
-        personal(axis, read(f"federated_personal_{task}")["rows"], task)
-    robust(axes[2][2], read("federated_robust_digits")["rows"])
-    speed(axes[2][3], read("federated_speed")["rows"])
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
+    for own, attacked, task in zip(last[:2], last[2:4], TITLES, strict=True):
+        personal(own, read(f"federated_personal_{task}")["rows"], task)
+        robust(attacked, read(f"federated_robust_{task}")["rows"], task)
+    speed(last[4], read("federated_speed")["rows"])
     path = RESULTS / "federated.svg"
     figure.savefig(path, metadata={"Date": None})
     print(path)
@@ -87,15 +89,15 @@ def personal(axis: Any, rows: list[dict[str, Any]], task: str) -> None:
     bars(axis, groups, f"{task}: accuracy on clients' own test rows, %")
 
 
-def robust(axis: Any, rows: list[dict[str, Any]]) -> None:
+def robust(axis: Any, rows: list[dict[str, Any]], task: str) -> None:
     groups = {
         f"{row['method'].replace('adversarial', 'adv.')}\nDir. {row['alpha']}": {
             "clean": row["clean"],
-            "PGD-20 0.1": row["robust"],
+            "PGD-20": row["robust"],
         }
         for row in rows
     }
-    bars(axis, groups, "digits: natural and adversarial local training, %")
+    bars(axis, groups, f"{task}: natural and adversarial local training, %")
 
 
 def speed(axis: Any, rows: list[dict[str, Any]]) -> None:

@@ -110,12 +110,13 @@ def federated_personal(*tasks: str) -> list[str]:
     return lines
 
 
-def federated_robust(task: str = "digits") -> list[str]:
+def federated_robust(*tasks: str) -> list[str]:
     """Clean and robust accuracy of federated models."""
-    record = json.loads((RESULTS / f"federated_robust_{task}.json").read_text())
-    lines = ["| local training | Dirichlet | clean, % | PGD-20 Linf 0.1, % |", "| --- |" + " --- |" * 3]
-    for row in record["rows"]:
-        lines.append(f"| {row['method']} | {row['alpha']} | {_percent(row['clean'])} | {_percent(row['robust'])} |")
+    lines = ["| task | local training | Dirichlet | clean, % | PGD-20, % |", "| --- |" + " --- |" * 4]
+    for task in tasks:
+        for row in json.loads((RESULTS / f"federated_robust_{task}.json").read_text())["rows"]:
+            cells = [task, row["method"], str(row["alpha"]), _percent(row["clean"]), _percent(row["robust"])]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -164,5 +165,5 @@ def _percent(values: dict[str, Any]) -> str:
 if __name__ == "__main__":
     print("\n".join([*accuracy("n_fgsm", "pgd7"), "", *accuracy("natural"), "", *step(), "", *cifar10()]))
     tasks = ("digits", "cifar10")
-    print("\n".join([*federated_compression(*tasks), *federated_personal(*tasks), *federated_robust()]))
+    print("\n".join([*federated_compression(*tasks), *federated_personal(*tasks), *federated_robust(*tasks)]))
     print("\n".join([*federated_speed(), *noise_estimators()]))
