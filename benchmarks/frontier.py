@@ -15,6 +15,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
+BELOW = 15.0  # percentage points under the best that a panel shows
 FAMILIES = {  # first word of the method: colour, marker
     "dense": ("black", "s"),
     "16-bit": ("dimgray", "s"),
@@ -34,8 +35,9 @@ def main() -> None:
     for (epochs, workers), pair in zip(groups, axes, strict=True):
         chosen = [r for r in rows if (r["epochs"], r["workers"]) == (epochs, workers)]
         for key, axis in zip(("clean", "pgd20"), pair, strict=True):
-            for row in chosen:
-                draw(axis, row, key)
+            floor = 100 * max(row[key]["mean"] for row in chosen) - BELOW
+            for number, row in enumerate(sorted(chosen, key=lambda r: (megabytes(r), -r[key]["mean"]))):
+                draw(axis, row, key, floor, number)
             axis.set_xscale("log")
             axis.set_xlabel("MB sent by a worker over the whole run")
             axis.set_ylabel({"clean": "clean accuracy, %", "pgd20": "PGD-20 8/255 accuracy, %"}[key])
@@ -47,14 +49,20 @@ def main() -> None:
     print(path)
 
 
-def draw(axis: Any, row: dict[str, Any], key: str) -> None:
-    """One point, with the 95 % interval over seeds where there are several."""
+def megabytes(row: dict[str, Any]) -> float:
+    return row["runs"][0]["sent_bytes"] / 1e6
+
+
+def draw(axis: Any, row: dict[str, Any], key: str, floor: float, number: int) -> None:
+    """One point, with the 95 % interval over seeds where there are several; below the floor an arrow and its value."""
     colour, marker = FAMILIES.get(row["method"].split()[0].rstrip(","), ("tab:brown", "."))
-    half = row[key]["half_width_95"]
-    mean = 100 * row[key]["mean"]
-    megabytes = row["runs"][0]["sent_bytes"] / 1e6
-    axis.errorbar(megabytes, mean, None if half is None else 100 * half, color=colour, marker=marker, capsize=3)
-    axis.annotate(row["method"], (megabytes, mean), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    half, mean = row[key]["half_width_95"], 100 * row[key]["mean"]
+    label, y, bar = row["method"], mean, None if half is None else 100 * half
+    if mean < floor:
+        label, y, bar, marker = f"{label}: {mean:.1f}", floor, None, r"$\downarrow$"
+    axis.errorbar(megabytes(row), y, bar, color=colour, marker=marker, capsize=3, linewidth=0.8)
+    above = 8 * (number % 4) - 12  # neighbours' labels at four heights
+    axis.annotate(label, (megabytes(row), y), fontsize=6, xytext=(4, above), textcoords="offset points", color=colour)
 
 
 if __name__ == "__main__":
