@@ -8,8 +8,9 @@ optimizer steps: between steps they are the same on every rank.
 How far, c. The paper: all of v_i, c = 1, and the errors of all ranks averaged now and then. To first order the mean of
 the ranks' gradients is then the one at w - rate * mean v_i, where w will be. But v_i is mostly noise of a rank's own
 examples, the more the larger N is, and leads astray by c^2 ||v_i||^2. c = 1 / N, a rank's part of the mean, goes least
-astray and leaves most of the delay. Measured (benchmarks/accuracy.py), 2 / N serves best: all of v_i with two ranks. v
-is the accumulated velocity of Deep Gradient Compression, in units of a gradient, so the shift takes the present rate.
+astray and leaves most of the delay. 2 / N, all of v_i with two ranks, lies between; benchmarks/accuracy.py has others
+beside it (`step-ahead by`). v is the accumulated velocity of Deep Gradient Compression, in units of a gradient, so the
+shift takes the present rate.
 """
 
 from __future__ import annotations
