@@ -1,4 +1,4 @@
-"""Prints the README's results table from the records, so that no figure there is typed by hand.
+"""Prints the tables of benchmarks/README.md from the records, so that no figure there is typed by hand.
 
 python benchmarks/table.py
 """

@@ -15,7 +15,9 @@ from distrobust.federated import settings
 from distrobust.metrics.table import TABLE
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+READMES = [ROOT / "README.md", ROOT / "benchmarks/README.md"]
+README, EVIDENCE = (path.read_text() for path in READMES)
+EVIDENCE = (ROOT / "benchmarks/README.md").read_text()
 RECORDS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 
 
@@ -35,11 +37,19 @@ def test_importing_the_package_imports_neither_ray_nor_prometheus_nor_torch() ->
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_every_file_the_readme_names_exists() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    paths = [link for link in links if "://" not in link]
-    assert paths
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_every_file_and_heading_a_readme_points_to_exists(readme: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", readme.read_text()) if "://" not in link]
+    assert links
+    for path, _, heading in (link.partition("#") for link in links):
+        target = readme.parent / path if path else readme
+        assert target.exists(), f"{path} in {readme}"
+        assert not heading or heading in _anchors(target.read_text()), f"{path}#{heading} in {readme}"
+
+
+def _anchors(text: str) -> list[str]:
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
 def test_every_make_target_the_readme_names_exists() -> None:
@@ -67,16 +77,20 @@ def test_every_record_says_how_it_was_made(path: Path) -> None:
     assert not content["commit"].endswith("+changes"), "made with uncommitted code"
 
 
-def test_records_are_named_in_the_readme() -> None:
+def test_every_record_is_explained() -> None:
     assert RECORDS
-    assert [path.name for path in RECORDS if f"benchmarks/results/{path.name}" not in README] == []
+    assert [path.name for path in RECORDS if f"(results/{path.name})" not in EVIDENCE] == []
 
 
-def test_the_readmes_results_are_those_of_the_record() -> None:
+def test_tables_are_those_of_the_records() -> None:
     ran = subprocess.run([sys.executable, "benchmarks/table.py"], cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = ran.stdout.splitlines()
-    assert len(lines) > 4
-    assert [line for line in lines if line not in README] == []
+    printed = [line for line in ran.stdout.splitlines() if line]
+    assert len(printed) > 100
+    assert [line for line in printed if line not in EVIDENCE] == []
+    results = README[README.index("## Results") : README.index("## On Kubernetes")]
+    shown = [line for line in results.splitlines() if line.startswith("|")]
+    assert shown
+    assert [line for line in shown if line not in printed] == []
 
 
 def test_no_two_test_files_share_a_name() -> None:
