@@ -96,10 +96,13 @@ def cells() -> list[dict[str, Any]]:
             add("dense", task, epochs, workers)
             # every density, and plain DGC, at 4 workers; the paper's 1 % and 0.1 % at more
             for density in (0.05, 0.01, 0.001) if workers == 4 else (0.01, 0.001):
+                kept = {"density": density, "values": "4bit", **AHEAD}
                 if workers == 4:
                     add(f"DGC {density:.1%} fp16", task, epochs, workers, density=density, **DGC)
-                kept = {"density": density, "values": "4bit", **AHEAD}
-                add(f"step-ahead {density:.1%} 4bit", task, epochs, workers, **kept)
+                if workers == 4 or task == "n_fgsm":
+                    add(f"step-ahead {density:.1%} 4bit", task, epochs, workers, **kept)
+                else:  # from scratch it needs the ladder: see the rows of 4 workers
+                    add(f"step-ahead {density:.1%} 4bit, warm-up", task, epochs, workers, **kept, **DGC)
     for workers, shares in ((8, (0.125, 0.5)), (32, (0.03125, 0.125))):  # comm/ahead.py takes 2 / workers
         for share in shares:
             kept = {"density": 0.01, "values": "4bit", **AHEAD, "share": share}
