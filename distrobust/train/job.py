@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,37 @@ import torch.distributed as dist
 from torch import nn
 
 from distrobust import __version__, data
-from distrobust.adversarial.attacks import Attack
-from distrobust.adversarial.threat import Threat
 from distrobust.comm.transport import Transport
-from distrobust.config import Config, DataConfig, PhaseConfig
+from distrobust.config import Config, PhaseConfig
 from distrobust.data import Shard, Source
-from distrobust.errors import CommError, ConfigError, DataError, DistrobustError
-from distrobust.metrics import Fanout, OptionalSink, Sink, jsonl, tensorboard, weights_and_biases
-from distrobust.metrics.jsonl import JsonLines
-from distrobust.metrics.prometheus import Exporter
+from distrobust.errors import CommError, ConfigError, DistrobustError
+from distrobust.metrics import Fanout, Sink, jsonl
 from distrobust.optim.schedules import Schedule, batch_factor
-from distrobust.train import checkpoint, interface, logs, loop, scoring, stall, transfer
+from distrobust.train import (
+    before_and_after,
+    checkpoint,
+    interface,
+    logs,
+    loop,
+    outputs,
+    scoring,
+    sources,
+    stall,
+    transfer,
+)
+from distrobust.train.agree import on_all_ranks
 from distrobust.train.checkpoint import Position
 from distrobust.train.faults import Faults
 from distrobust.train.modelfile import (
     Architecture,
     Start,
     build_model,
-    load_model_file,
     save_model_file,
     starting_model,
 )
 from distrobust.train.rundir import Outcome, RunDirectory
 from distrobust.train.state import TrainState, make_state
-from distrobust.train.step import Recipe, ball, replays
+from distrobust.train.step import Recipe, replays
 from distrobust.train.stopping import stop_requests
 
 _log = logging.getLogger(__name__)
@@ -74,8 +80,8 @@ def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcom
             stop_requests(directory) as stop_requested,
         ):
             starts = _earlier_starts(directory)
-            exporter = _exporter(config, directory)
-            sinks = Fanout(*_curves(config, directory), *([exporter] if exporter else []), *extra_sinks)
+            exporter = outputs.exporter(config, directory)
+            sinks = Fanout(*outputs.files(config, directory), *([exporter] if exporter else []), *extra_sinks)
             notices = [exporter.notice] if exporter and exporter.notice else []
             outcome = _Job(config, device, directory, sinks, stop_requested, starts, notices, watch.beat).run()
     except CommError:
@@ -105,11 +111,11 @@ class _Job:
     def run(self) -> Outcome:
         started = time.perf_counter()
         rank, num_ranks = dist.get_rank(), dist.get_world_size()
-        source, test = self._on_all_ranks(self._describe)
+        source, test = on_all_ranks(lambda: sources.describe(self.config.data))
         train_rows, held_out_rows = data.split_held_out(source, self.config.data.held_out, self.config.run.seed)
-        train = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, train_rows))
-        held_out = self._on_all_ranks(lambda: self._shard(source, rank, num_ranks, held_out_rows))
-        start = self._on_all_ranks(lambda: self._start(source))
+        train = on_all_ranks(lambda: sources.shard(self.config, source, rank, num_ranks, train_rows))
+        held_out = on_all_ranks(lambda: sources.shard(self.config, source, rank, num_ranks, held_out_rows))
+        start = on_all_ranks(lambda: self._start(source))
         net, architecture = start.net, start.architecture
 
         def export(net: nn.Module, name: str) -> None:
@@ -163,35 +169,13 @@ class _Job:
             state.adopt_average()
             export(scoring.averaged(net, Transport()), MODEL_NAMES[name])
         if self.config.evaluate.test:
-            self._evaluate(test, architecture, source, rank, num_ranks)
+
+            def make() -> nn.Module:
+                return build_model(architecture, source, self.config.run.seed).to(self.device)
+
+            before_and_after.evaluate(self.config, self._models(), make, test, self._emit, self.beat)
         self._emit({"event": "done", "seconds": time.perf_counter() - started})
         return Outcome("done")
-
-    def _describe(self) -> tuple[Source, Source]:
-        settings = self.config.data
-        source = describe_training(settings)
-        return source, data.describe(
-            settings.path,
-            "test",
-            image_column=settings.image_column,
-            text_column=settings.text_column,
-            label_column=settings.label_column,
-            channels=None if source.is_text else source.shape[0],
-            length=settings.length,
-            classes=source.class_names,
-        )
-
-    def _shard(self, source: Source, rank: int, num_ranks: int, rows: data.Selection | None) -> Shard:
-        settings = self.config.data
-        return Shard(
-            source,
-            rank,
-            num_ranks,
-            self.config.run.seed,
-            cache=settings.cache,
-            memory_limit_bytes=settings.memory_limit_bytes,
-            rows=rows,
-        )
 
     def _start(self, source: Source) -> Start:
         start = starting_model(self.config.model, source, self.config.run.seed)
@@ -286,60 +270,20 @@ class _Job:
     def _model_path(self, name: str) -> Path:
         return self.directory.models / f"{name}.pt"
 
-    def _model_before(self) -> Path | None:
-        """The model file of before the fine-tuning; None if that started from random weights."""
+    def _models(self) -> dict[str, Path]:
+        """The model files of before the fine-tuning, unless that started from random weights, and after it."""
         written = self.config.pretrain is not None or self._starts_from_directory
-        return self._model_path("pre-trained") if written else self.config.model.weights
+        before = self._model_path("pre-trained") if written else self.config.model.weights
+        models = {} if before is None else {"pre-trained": before}
+        models["fine-tuned"] = self._model_path("fine-tuned")
+        if self.config.train.patience is not None:
+            models["fine-tuned" + BEST] = self._model_path("fine-tuned" + BEST)
+        return models
 
     @property
     def _starts_from_directory(self) -> bool:
         model = self.config.model
         return model.directory is not None and model.weights is None and self.config.pretrain is None
-
-    def _evaluate(self, test: Source, architecture: Architecture, source: Source, rank: int, num_ranks: int) -> None:
-        """Clean and PGD accuracy on the test file, of the model before and after fine-tuning."""
-        settings, attack = self.config.evaluate, self.config.attack
-        shard = self._on_all_ranks(lambda: self._shard(test, rank, num_ranks, None))
-        attacks: list[tuple[Attack, Threat | None, int]] = [(scoring.NATURAL, None, 0)]
-        if attack is not None:
-            eps = attack.eps if settings.eps is None else settings.eps
-            threat = ball(attack.norm, eps, self.config.model.reads_text)
-            attacks.append((Attack("pgd", steps=settings.steps), threat, settings.images))
-        models = {"pre-trained": self._model_before(), "fine-tuned": self._model_path("fine-tuned")}
-        if self.config.train.patience is not None:
-            models["fine-tuned" + BEST] = self._model_path("fine-tuned" + BEST)
-        for label, path in models.items():
-            if path is None:
-                continue
-            net = build_model(architecture, source, self.config.run.seed).to(self.device)
-            self._on_all_ranks(partial(load_model_file, net, path))
-            net.eval()
-            for chosen, within, limit in attacks:
-                result = scoring.distributed_score(
-                    net,
-                    shard,
-                    chosen,
-                    within,
-                    limit=limit,
-                    batch_size=settings.batch_size,
-                    seed=self.config.run.seed,
-                    transport=Transport(),
-                    beat=self.beat,
-                )
-                self._emit(
-                    {
-                        "event": "evaluation",
-                        "model": label,
-                        "attack": result.attack,
-                        "accuracy": result.accuracy,
-                        "low": result.low,
-                        "high": result.high,
-                        "samples": result.samples,
-                        "seed": result.seed,
-                        "seconds": result.seconds,
-                        "flags": list(result.flags),
-                    }
-                )
 
     def _emit(self, record: dict[str, Any]) -> None:
         try:
@@ -347,76 +291,8 @@ class _Job:
         except OSError as error:  # a full disk: numbers are lost, the run is not
             _log.error("a record was not written: %s", error)
 
-    def _on_all_ranks(self, work: Callable[[], Any]) -> Any:
-        """Does `work` on every rank; an error on one becomes the same error on all, instead of a wait for a timeout."""
-        result: Any = None
-        mine: DistrobustError | None = None
-        try:
-            result = work()
-        except DistrobustError as error:
-            mine = error
-        except OSError as error:
-            mine = DataError(f"rank {dist.get_rank()}: {error.filename or 'a file'}: {error.strerror}")
-        everyone: list[DistrobustError | None] = [None] * dist.get_world_size()
-        try:
-            dist.all_gather_object(everyone, mine)
-        except RuntimeError as error:
-            raise CommError(Transport().explain(error)) from error
-        first = next((error for error in everyone if error is not None), None)
-        if first is not None:
-            raise first
-        return result
-
-
-def describe_training(settings: DataConfig) -> Source:
-    """The training split."""
-    return data.describe(
-        settings.path,
-        "train",
-        image_column=settings.image_column,
-        text_column=settings.text_column,
-        label_column=settings.label_column,
-        length=settings.length,
-    )
-
 
 def _earlier_starts(directory: RunDirectory) -> int:
     if not directory.metrics.exists():
         return 0
     return sum(record["event"] == "run" for record in jsonl.read(directory.metrics))
-
-
-def _curves(config: Config, directory: RunDirectory) -> list[Sink]:
-    """Rank 0's files of records. ConfigError on every rank alike where one of them needs what is not installed."""
-    settings = config.metrics
-    if settings.tensorboard:
-        tensorboard.require()
-    if settings.wandb is not None:
-        weights_and_biases.require(settings.wandb)
-    if dist.get_rank() != 0:
-        return []
-    sinks: list[Sink] = [JsonLines(directory.metrics)]
-    if settings.tensorboard:
-        sinks.append(OptionalSink("metrics.tensorboard", tensorboard.TensorBoard(directory.tensorboard)))
-    if settings.wandb is not None:
-        kept = weights_and_biases.WeightsAndBiases(settings.wandb, directory.path)
-        sinks.append(OptionalSink("metrics.wandb", kept))
-    return sinks
-
-
-def _exporter(config: Config, directory: RunDirectory) -> Exporter | None:
-    if config.metrics.port is None:
-        return None
-    rank = dist.get_rank()
-    exporter = Exporter(
-        directory.path.name,
-        rank,
-        host=config.metrics.host,
-        port=config.metrics.port,
-        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
-        file_sd=directory.targets,
-        linger_s=config.metrics.linger_s,
-    )
-    if exporter.notice:
-        _log.warning(exporter.notice)
-    return exporter

@@ -34,8 +34,7 @@ from distrobust.config import Config
 from distrobust.errors import ConfigError, DivergedError
 from distrobust.evaluation.accuracy import wilson
 from distrobust.metrics import Fanout, jsonl
-from distrobust.train import launch, transfer
-from distrobust.train.job import describe_training
+from distrobust.train import launch, sources, transfer
 from distrobust.train.modelfile import starting_model
 from distrobust.train.rundir import RunDirectory, write_atomically
 
@@ -72,7 +71,7 @@ def search(
     """
     _check(config, population, choices)
     config = _for_candidates(config)
-    source = describe_training(config.data)
+    source = sources.describe_training(config.data)
     net = starting_model(config.model, source, config.run.seed).net
     groups = layer_groups(net)
     directory = RunDirectory(config.run.dir)
