@@ -50,9 +50,8 @@ def cells() -> list[Cell]:
         )
 
     add("start", "fine-tuned, 3 epochs", autoattack=True)
-    add("start", "fine-tuned, 10 epochs", "train.epochs=10", autoattack=True)
     add("start", "from scratch, 3 epochs", scratch=True)
-    add("start", "from scratch, 10 epochs", "train.epochs=10", scratch=True, autoattack=True)
+    add("start", "from scratch, 10 epochs", "train.epochs=10", scratch=True)
     add("start", "from scratch, 30 epochs", "train.epochs=30", scratch=True, autoattack=True)
     for name in ("slow_start_fast_decay", "cosine", "constant"):
         add("schedule", name, f"train.schedule.name={name}")
