@@ -11,11 +11,11 @@ import torch
 
 
 def environment_of(folder: Path, packages: Sequence[str], *options: str) -> Path:
-    """Its Python; the environment is made if it is missing. options: of pip install."""
+    """Its Python; the environment is made, and packages it lacks are installed. options: of pip install."""
     python = folder / "bin/python"
     if not python.exists():
         venv.create(folder, with_pip=True)
         own = next(iter(folder.glob("lib/python*/site-packages")))
         (own / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *options, *packages], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *options, *packages], check=True)
     return python
