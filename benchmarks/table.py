@@ -157,6 +157,37 @@ def noise_estimators() -> list[str]:
     return lines
 
 
+def passes() -> list[str]:
+    """Step times with k attack passes for each exchange, dense and at 1 %, on every link."""
+    rows = json.loads((RESULTS / "passes.json").read_text())["rows"]
+    links = list(dict.fromkeys(row["link"] for row in rows))
+    lines = [f"| attack steps k | {' | '.join(links)} |", "| --- |" + " --- |" * len(links)]
+    for k in dict.fromkeys(row["k"] for row in rows):
+        cells = []
+        for link in links:
+            row = next(row for row in rows if (row["link"], row["k"]) == (link, k))
+            dense, ours = row["step_s"]["dense"], row["step_s"]["1 %"]
+            cells.append(f"{dense:.2f} s, {ours:.2f} s: {row['times_faster_than_dense']:.2f} times")
+        lines.append(f"| {k} | {' | '.join(cells)} |")
+    return lines
+
+
+def training_speed() -> list[str]:
+    """Images a second of adversarial training."""
+    rows = json.loads((RESULTS / "training_speed.json").read_text())["rows"]
+    names = ("floor", "distrobust", "distrobust, 1 %", "torchattacks", "ART")
+    lines = [
+        f"| method | model | precision | ranks | {' | '.join(names)} |",
+        "| --- | --- | --- | --- |" + " --- |" * 5,
+    ]
+    for row in rows:
+        speeds = [row["images_per_s"].get(name) for name in names]
+        cells = [row["method"], row["model"], row["precision"], str(row["ranks"])]
+        cells += ["-" if speed is None else f"{speed:,.0f}" for speed in speeds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _percent(values: dict[str, Any]) -> str:
     half = values["half_width_95"]
     return f"{100 * values['mean']:.1f}" + ("" if half is None else f" +- {100 * half:.1f}")
@@ -166,4 +197,4 @@ if __name__ == "__main__":
     print("\n".join([*accuracy("n_fgsm", "pgd7"), "", *accuracy("natural"), "", *step(), "", *cifar10()]))
     tasks = ("digits", "cifar10")
     print("\n".join([*federated_compression(*tasks), *federated_personal(*tasks), *federated_robust(*tasks)]))
-    print("\n".join([*federated_speed(), *noise_estimators()]))
+    print("\n".join([*federated_speed(), *noise_estimators(), *passes(), *training_speed()]))

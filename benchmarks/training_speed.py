@@ -204,12 +204,13 @@ def contend(name: str, method: str, model: str, fast: bool, rank: int, ranks: in
 class Contender:
     def __init__(self, python: Path, *words: str, ranks: int, store: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        self.errors = store.with_suffix(".err")
         self.processes = [
             subprocess.Popen(
                 [python, __file__, "contend", *words, str(rank), str(ranks), str(store)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=self.errors.open("a"),
                 text=True,
                 env=environment,
             )
@@ -230,7 +231,8 @@ class Contender:
             assert process.stdout is not None
             line = next((line for line in process.stdout if line.startswith(word)), None)
             if line is None:
-                raise SystemExit(f"a contender ended: {' '.join(map(str, process.args))}")  # type: ignore[arg-type]
+                why = self.errors.read_text().strip().rpartition("\n")[2]
+                raise SystemExit(f"a contender ended: {' '.join(map(str, process.args))}: {why}")  # type: ignore[arg-type]
             found.append(line)
         return found
 
