@@ -1,4 +1,4 @@
-"""Draws the frontier: accuracy against the bytes of the whole run, every method of the accuracy record, as an SVG.
+"""Draws the frontier: accuracy against the bytes of the whole run, every method of the accuracy record, as SVGs.
 
 python benchmarks/frontier.py
 """
@@ -6,6 +6,7 @@ python benchmarks/frontier.py
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
+TASKS = {"n_fgsm": "N-FGSM fine-tuning", "natural": "natural training from scratch"}
 BELOW = 15.0  # percentage points under the best that a panel shows
 FAMILIES = {  # first word of the method: colour, marker
     "dense": ("black", "s"),
@@ -29,22 +31,34 @@ FAMILIES = {  # first word of the method: colour, marker
 
 
 def main() -> None:
-    rows = [r for r in json.loads((RESULTS / "accuracy.json").read_text())["rows"] if r["task"] == "n_fgsm"]
-    groups = sorted({(r["epochs"], r["workers"]) for r in rows})
-    figure, axes = plt.subplots(len(groups), 2, figsize=(12, 4.2 * len(groups)), squeeze=False)
-    for (epochs, workers), pair in zip(groups, axes, strict=True):
-        chosen = [r for r in rows if (r["epochs"], r["workers"]) == (epochs, workers)]
-        for key, axis in zip(("clean", "pgd20"), pair, strict=True):
-            floor = 100 * max(row[key]["mean"] for row in chosen) - BELOW
-            for number, row in enumerate(sorted(chosen, key=lambda r: (megabytes(r), -r[key]["mean"]))):
-                draw(axis, row, key, floor, number)
-            axis.set_xscale("log")
-            axis.set_xlabel("MB sent by a worker over the whole run")
-            axis.set_ylabel({"clean": "clean accuracy, %", "pgd20": "PGD-20 8/255 accuracy, %"}[key])
-            axis.set_title(f"N-FGSM fine-tuning, {epochs} epochs, {workers} workers", fontsize=10)
-            axis.grid(alpha=0.3)
+    rows = [r for r in json.loads((RESULTS / "accuracy.json").read_text())["rows"] if "share" not in r["options"]]
+    settings = Counter((r["task"], r["epochs"], r["workers"]) for r in rows if r["task"] in TASKS)
+    panels = [(s, key) for s, _ in settings.most_common() if s[0] == "n_fgsm" for key in ("clean", "pgd20")]
+    panels += [(s, "clean") for s, _ in settings.most_common() if s[0] == "natural"]
+    page("frontier", panels[:2], rows)  # the setting with the most methods
+    page("frontier_more", panels[2:], rows)
+
+
+def page(name: str, panels: list[tuple[tuple[str, int, int], str]], rows: list[dict[str, Any]]) -> None:
+    """Writes an SVG: a panel for each setting (task, epochs, workers) and accuracy, two side by side."""
+    num_lines = -(-len(panels) // 2)
+    figure, axes = plt.subplots(num_lines, 2, figsize=(12, 4.2 * num_lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for (setting, key), axis in zip(panels, axes.flat, strict=False):
+        task, epochs, workers = setting
+        chosen = [r for r in rows if (r["task"], r["epochs"], r["workers"]) == setting]
+        floor = 100 * max(row[key]["mean"] for row in chosen) - BELOW
+        for number, row in enumerate(sorted(chosen, key=lambda r: (megabytes(r), -r[key]["mean"]))):
+            draw(axis, row, key, floor, number)
+        axis.set_xscale("log")
+        axis.set_xlabel("MB sent by a worker over the whole run")
+        axis.set_ylabel({"clean": "clean accuracy, %", "pgd20": "PGD-20 8/255 accuracy, %"}[key])
+        length = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+        axis.set_title(f"{TASKS[task]}, {length}, {workers} workers", fontsize=10)
+        axis.grid(alpha=0.3)
     figure.tight_layout()
-    path = RESULTS / "frontier.svg"
+    path = RESULTS / f"{name}.svg"
     figure.savefig(path, metadata={"Date": None})
     print(path)
 
