@@ -82,6 +82,26 @@ def step(name: str = "step") -> list[str]:
     return lines
 
 
+def multinode() -> list[str]:
+    """The job on three hosts: step time and bytes of a host (mean over hosts and runs) on each link, and accuracy."""
+    record = json.loads((RESULTS / "multinode.json").read_text())
+    ways = ("dense", "compressed")
+    lines = [f"| CIFAR-10, three hosts | {' | '.join(ways)} |", "| --- | --- | --- |"]
+    for link, measured in record["links"].items():
+        cells = []
+        for way in ways:
+            sent = [host["sent_bytes_a_step"] for run in measured[way]["runs"] for host in run["wire"].values()]
+            cells.append(f"{measured[way]['median_step_s']:.2f} s; {sum(sent) / len(sent) / 1e6:.3g} MB")
+        lines.append(f"| {link}: a step; sent by each host | {' | '.join(cells)} |")
+    for i, score in enumerate(record["accuracy"]["dense"]["scores"]):
+        both = [record["accuracy"][way]["scores"][i] for way in ways]
+        if score["model"] == "fine-tuned":
+            cells = [f"{100 * one['low']:.1f} - {100 * one['high']:.1f} %" for one in both]
+            name = f"fine-tuned, {score['attack']}, {score['samples']:,} images, 95 % interval"
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def federated_compression(*tasks: str) -> list[str]:
     """Final test accuracy, bytes and simulated time of every method, for each task and concentration."""
     lines = [
@@ -194,7 +214,11 @@ def _percent(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join([*accuracy("n_fgsm", "pgd7"), "", *accuracy("natural"), "", *step(), "", *cifar10()]))
+    print(
+        "\n".join(
+            [*accuracy("n_fgsm", "pgd7"), "", *accuracy("natural"), "", *step(), "", *cifar10(), "", *multinode()]
+        )
+    )
     tasks = ("digits", "cifar10")
     print("\n".join([*federated_compression(*tasks), *federated_personal(*tasks), *federated_robust(*tasks)]))
     print("\n".join([*federated_speed(), *noise_estimators(), *passes(), *training_speed()]))
