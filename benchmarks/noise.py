@@ -85,11 +85,12 @@ class Method:
 
 
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+MUON_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 LANTON_RATES = (0.003, 0.01, 0.03, 0.1)
 SGD_RATES = (0.03, 0.1, 0.3, 1.0)
 METHODS: dict[str, Method] = {
     "AdamW": Method(lambda net, lr: AdamW(net.parameters(), lr=lr, weight_decay=0.0), ADAM_RATES),
-    "Muon, AdamW for the rest": Method(MuonForAll, ADAM_RATES),
+    "Muon, AdamW for the rest": Method(MuonForAll, MUON_RATES),
     "LANTON without noise": Method(lambda net, lr: Lanton(net, lr, noise="none"), LANTON_RATES),
     "LANTON": Method(lambda net, lr: Lanton(net, lr), LANTON_RATES),
     "LANTON, spread of workers": Method(lambda net, lr: Lanton(net, lr), LANTON_RATES),
