@@ -205,17 +205,18 @@ class Contender:
     def __init__(self, python: Path, *words: str, ranks: int, store: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         self.errors = store.with_suffix(".err")
-        self.processes = [
-            subprocess.Popen(
-                [python, __file__, "contend", *words, str(rank), str(ranks), str(store)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.errors.open("a"),
-                text=True,
-                env=environment,
-            )
-            for rank in range(ranks)
-        ]
+        with self.errors.open("w") as errors:
+            self.processes = [
+                subprocess.Popen(
+                    [python, __file__, "contend", *words, str(rank), str(ranks), str(store)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=environment,
+                )
+                for rank in range(ranks)
+            ]
         self._answers("ready")
 
     def turn(self, num_steps: int) -> float:

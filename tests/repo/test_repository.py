@@ -17,7 +17,6 @@ from distrobust.metrics.table import TABLE
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "benchmarks/README.md"]
 README, EVIDENCE = (path.read_text() for path in READMES)
-EVIDENCE = (ROOT / "benchmarks/README.md").read_text()
 RECORDS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 
 
