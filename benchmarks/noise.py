@@ -2,6 +2,7 @@
 
     python benchmarks/noise.py cells [--only TEXT]
     python benchmarks/noise.py run [--text FILE] [--data DIR [--natural DIR]] [--only TEXT] [--work DIR]
+    python benchmarks/noise.py time [--text FILE] [--data DIR [--natural DIR]] [--work DIR]
     python benchmarks/noise.py write [--work DIR]
 
 Four workers inside one process. Every method has one rate to tune and the same budget for it: four rates, a factor of
@@ -9,8 +10,9 @@ about three apart, each in a run of half the length with a seed of its own; the 
 taken for three seeds at full length. Rates rise over a tenth of the run and fall linearly to zero; no weight decay.
 Under compression (1 % of the coordinates, 4 bits) the rates are those of the dense runs.
 
-Target: the held-out loss that AdamW has on average after three quarters of its run. Seconds are of training alone, of
-all four workers one after the other, exchange included; compare ratios.
+Target: the held-out loss that AdamW has on average after three quarters of its run. Seconds to it are steps times the
+seconds of a step, which `time` measures of all methods in turns (medians, all four workers one after the other,
+exchange included), with nothing else running.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +40,7 @@ from distrobust.optim.lanton import Lanton
 from distrobust.optim.norms import as_matrix
 from distrobust.optim.schedules import Schedule
 
-NUM_WORKERS, SEEDS, TUNING_SEED, EVALUATIONS = 4, (0, 1, 2), 3, 20
+NUM_WORKERS, SEEDS, TUNING_SEED, EVALUATIONS, TIMED_TURNS = 4, (0, 1, 2), 3, 20, 7
 COMPRESSED: dict[str, Any] = {"density": 0.01, "values": "4bit"}
 
 
@@ -86,14 +89,13 @@ class Method:
 
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 MUON_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-LANTON_RATES = (0.003, 0.01, 0.03, 0.1)
 SGD_RATES = (0.03, 0.1, 0.3, 1.0)
 METHODS: dict[str, Method] = {
     "AdamW": Method(lambda net, lr: AdamW(net.parameters(), lr=lr, weight_decay=0.0), ADAM_RATES),
     "Muon, AdamW for the rest": Method(MuonForAll, MUON_RATES),
-    "LANTON without noise": Method(lambda net, lr: Lanton(net, lr, noise="none"), LANTON_RATES),
-    "LANTON": Method(lambda net, lr: Lanton(net, lr), LANTON_RATES),
-    "LANTON, spread of workers": Method(lambda net, lr: Lanton(net, lr), LANTON_RATES),
+    "LANTON without noise": Method(lambda net, lr: Lanton(net, lr, noise="none"), MUON_RATES),
+    "LANTON": Method(lambda net, lr: Lanton(net, lr), MUON_RATES),
+    "LANTON, spread of workers": Method(lambda net, lr: Lanton(net, lr), MUON_RATES),
     "noise-adaptive AdamW": Method(
         lambda net, lr: NoiseAdaptive(AdamW(net.parameters(), lr=lr, weight_decay=0.0), net), ADAM_RATES
     ),
@@ -138,41 +140,74 @@ def name_of(cell: tuple[str, str, bool]) -> str:
     return f"{task}, {'1 %' if compressed else 'dense'}: {method}"
 
 
-def train(task: Task, name: str, rate: float, seed: int, steps: int, compressed: bool) -> dict[str, Any]:
-    """One run: held-out losses with the step and the seconds at which they were taken."""
-    method = METHODS[name]
-    net = task.make(seed)
-    net.train()
-    optimizer = method.make(net, rate)
-    options = COMPRESSED if compressed else {}
-    observers = []
-    if isinstance(optimizer, NoiseAdaptive | Lanton) and (compressed or name != "LANTON"):
-        observer = optimizer.observer_for(NUM_WORKERS, not compressed, dict(net.named_parameters()))
-        if observer is not None:
-            observers = [observer, *(copy.deepcopy(observer) for _ in range(NUM_WORKERS - 1))]
-    rule = Rule(momentum=0.9 if method.residual else 0.0, masking=method.residual)
-    workers = Workers(net, NUM_WORKERS, steps, rule, observers=observers, **options)
-    schedule = Schedule("one_cycle", rate, 0.1)
-    batches = task.batches(seed)
-    seconds, trace = 0.0, []
-    for step in range(steps):
-        batch = next(batches)
+class Run:
+    """A method on a task, step by step. seconds: of every step so far."""
+
+    def __init__(self, task: Task, name: str, rate: float, seed: int, steps: int, compressed: bool) -> None:
+        method = METHODS[name]
+        self.task, self.seed, self.steps = task, seed, steps
+        self.net = task.make(seed)
+        self.net.train()
+        self.optimizer = method.make(self.net, rate)
+        observers = []
+        if isinstance(self.optimizer, NoiseAdaptive | Lanton) and (compressed or name != "LANTON"):
+            parameters = dict(self.net.named_parameters())
+            observer = self.optimizer.observer_for(NUM_WORKERS, not compressed, parameters)
+            if observer is not None:
+                observers = [observer, *(copy.deepcopy(observer) for _ in range(NUM_WORKERS - 1))]
+        rule = Rule(momentum=0.9 if method.residual else 0.0, masking=method.residual)
+        options = COMPRESSED if compressed else {}
+        self.workers = Workers(self.net, NUM_WORKERS, steps, rule, observers=observers, **options)
+        self.schedule, self.batches = Schedule("one_cycle", rate, 0.1), task.batches(seed)
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        batch, step = next(self.batches), len(self.seconds)
         started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.at(step / steps)
-        workers.step_with(optimizer, lambda rank, b=batch, s=step: task.backward(net, b, seed, s, rank, NUM_WORKERS))
-        seconds += time.perf_counter() - started
-        if (step + 1) % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
-            workers.average_buffers()
-            trace.append([step + 1, seconds, task.held_out_loss(net)])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.at(step / self.steps)
+        self.workers.step_with(
+            self.optimizer, lambda rank: self.task.backward(self.net, batch, self.seed, step, rank, NUM_WORKERS)
+        )
+        self.seconds.append(time.perf_counter() - started)
+
+
+def train(task: Task, name: str, rate: float, seed: int, steps: int, compressed: bool) -> dict[str, Any]:
+    """A whole run: held-out losses with the step at which they were taken."""
+    one, trace = Run(task, name, rate, seed, steps, compressed), []
+    for step in range(1, steps + 1):
+        one.step()
+        if step % max(1, steps // EVALUATIONS) == 0 or step == steps:
+            one.workers.average_buffers()
+            trace.append([step, task.held_out_loss(one.net)])
     return {
         "rate": rate,
         "seed": seed,
         "trace": trace,
-        "loss": trace[-1][2],
+        "loss": trace[-1][1],
         "commit": record.COMMIT,
-        **workers.bytes(),
+        **one.workers.bytes(),
     }
+
+
+def time_steps(chosen: list[tuple[str, str, bool]], found: dict[str, Task], path: Path) -> None:
+    """Seconds of a step of every cell, the cells of a task in turns: medians of the mean of four steps, since LANTON
+    measures noise in one of four."""
+    medians: dict[str, float] = {}
+    for name, task in found.items():
+        runs = {
+            name_of(cell): Run(task, cell[1], METHODS[cell[1]].rates[0], 0, task.steps, cell[2])
+            for cell in chosen
+            if cell[0] == name
+        }
+        for _ in range(TIMED_TURNS):
+            for one in runs.values():
+                for _ in range(4):
+                    one.step()
+        for name, one in runs.items():
+            turns = [statistics.fmean(one.seconds[i : i + 4]) for i in range(0, len(one.seconds), 4)]
+            medians[name] = statistics.median(turns[1:])
+    path.write_text(json.dumps({"commit": record.COMMIT, "step_s": medians}))
 
 
 def run(cell: tuple[str, str, bool], task: Task, work: Path) -> None:
@@ -205,7 +240,7 @@ def once(path: Path, make: Callable[[], dict[str, Any]]) -> None:
         path.unlink()
         raise
     path.write_text(json.dumps(result))
-    print(f"{path.stem}: loss {result['loss']:.4f}, {result['trace'][-1][1]:.0f} s", flush=True)
+    print(f"{path.stem}: loss {result['loss']:.4f}", flush=True)
 
 
 def best_rate(work: Path, cell: tuple[str, str, bool]) -> float | None:
@@ -227,6 +262,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def write(work: Path) -> Path:
     """The record of all cells whose seeds are there."""
+    timed = _read(work / "seconds.json")
+    if timed is None:
+        raise SystemExit(f"noise.py write: no {work / 'seconds.json'}: run `noise.py time` first")
     rows = []
     for cell in cells():
         task, name, compressed = cell
@@ -242,12 +280,13 @@ def write(work: Path) -> Path:
             for rate in METHODS[name].rates
         }
         row["loss"] = record.interval([one["loss"] for one in done])
-        row["step_s"] = record.interval([one["trace"][-1][1] / one["trace"][-1][0] for one in done])
+        row["step_s"] = timed["step_s"][name_of(cell)]
         row["fewer_bytes"] = done[0]["dense_bytes"] / max(1, done[0]["sent_bytes"])
         row["target_loss"] = target
-        for place, what in enumerate(("steps_to_target", "seconds_to_target")):
-            reached = [_reached(one["trace"], target, place) for one in done]
-            row[what] = None if None in reached else record.interval([r for r in reached if r is not None])
+        reached = [_reached(one["trace"], target) for one in done]
+        steps = None if None in reached else record.interval([r for r in reached if r is not None])
+        row["steps_to_target"] = steps
+        row["seconds_to_target"] = steps and steps["mean"] * row["step_s"]
         row["runs"] = done
         rows.append(row)
     return record.write("noise", "Do noise-adaptive rates pay?", {"setting": __doc__, "rows": rows})
@@ -259,26 +298,26 @@ def _target(work: Path, task: str) -> float:
         result = _read(work / f"{name_of((task, 'AdamW', False))}, seed {seed}.json")
         if result is not None:
             trace = result["trace"]
-            losses.append(trace[len(trace) * 3 // 4 - 1][2])
+            losses.append(trace[len(trace) * 3 // 4 - 1][1])
     return sum(losses) / len(losses) if losses else float("nan")
 
 
-def _reached(trace: list[list[float]], target: float, place: int) -> float | None:
-    """Steps or seconds at which the loss falls to the target, between two evaluations by a straight line."""
+def _reached(trace: list[list[float]], target: float) -> float | None:
+    """Steps after which the loss is at the target for the first time, between two evaluations by a straight line."""
     before = None
-    for point in trace:
-        if point[2] <= target:
-            if before is None or before[2] == point[2]:
-                return point[place]
-            share = (before[2] - target) / (before[2] - point[2])
-            return before[place] + share * (point[place] - before[place])
-        before = point
+    for step, loss in trace:
+        if loss <= target:
+            if before is None:
+                return step
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (step - before[0])
+        before = (step, loss)
     return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cells", "run", "write"])
+    parser.add_argument("what", choices=["cells", "run", "time", "write"])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--natural", type=Path)
@@ -294,7 +333,9 @@ def main() -> None:
     else:
         a.work.mkdir(parents=True, exist_ok=True)
         found = tasks(a.text, a.data, a.natural)
-        for _ in range(2):  # what waited for another process' tuning the first time
+        if a.what == "time":
+            time_steps(chosen, found, a.work / "seconds.json")
+        for _ in range(2 if a.what == "run" else 0):  # again: what waited for another process' tuning
             for cell in chosen:
                 if cell[0] in found:
                     run(cell, found[cell[0]], a.work)

@@ -7,12 +7,13 @@ the learning rate, b1 momentum, b2 beta2; norms and directions in norms.py, H in
     O <- argmax <B, O> over ||O|| <= 1
     H <- b2 H + (1 - b2) ||G - G~||_*^2
     a <- alpha / sqrt(alpha^2 + H)
-    X <- (1 - eta r w) X - eta r O,    r = sqrt(a / a_max), w weight decay
+    X <- (1 - eta r w) X - eta r s O,    r = sqrt(a / a_max), w weight decay
 
-A parameter group is a group of the paper: one norm, one a_max. Differences from the paper: weight decay is decoupled
-and goes with the layer's own rate; U V^T by better coefficients; G~ may be measured as in noise.py, and every fourth
-step, with b2^4, because a nuclear norm costs more than a direction; H of
-a layer whose gradients are missing stays.
+A parameter group is a group of the paper: one norm, one a_max. Differences from the paper: the scale s, 1 in the paper,
+makes the root mean square of the update's entries 0.2 eta, as AdamW's is about (Liu et al., 2025, arXiv 2502.16982,
+section 2.2), so that one rate serves all norms and is of AdamW's size; weight decay is decoupled and goes with the
+layer's own rate; U V^T by better coefficients; G~ may be measured as in noise.py, and every fourth step, with b2^4,
+because a nuclear norm costs more than a direction; H of a layer whose gradients are missing stays.
 
 Every rank computes the same update only if its matrix products round the same: the same kind of processor and of torch
 on all of them, as with Muon.
@@ -35,15 +36,18 @@ from distrobust.optim.noise import IndependentNoise, Noise, SpreadNoise, Tempora
 from distrobust.optim.rates import check_alpha, rate_ratios
 
 NOISES = ("previous", "independent", "none")
+ADAMW_RMS = 0.2
 
 
 class Lanton(Optimizer):
     """params: a model, whose parameters are put into groups by `norms_of` (logged once; `overrides` as there), or torch
     parameter groups, each with a "norm".
 
-    lr: how far the quietest layer of a group moves, in its norm. momentum b1, beta2 b2, alpha: see the module. noise:
-    "previous" (the paper's option 1), "independent" (option 2; see `keep_independent`) or "none" (ratios of 1).
-    noise_every: steps from one measurement of "previous" to the next; 1 is the paper's.
+    lr: how far the quietest layer of a group moves: by 0.2 lr in the root mean square of its entries, or, with
+    adjust_lr_fn None, by lr in its norm, as in the paper, where every group has a rate of its own ("lr" in the groups).
+    momentum b1, beta2 b2, alpha: see the module. noise: "previous" (the paper's option 1), "independent" (option 2; see
+    `keep_independent`) or "none" (ratios of 1). noise_every: steps from one measurement of "previous" to the next; 1 is
+    the paper's.
     Parameters may be of any floating dtype; momentum and noise are float32. Raises ConfigError for what has no norm.
     """
 
@@ -58,13 +62,17 @@ class Lanton(Optimizer):
         weight_decay: float = 0.0,
         noise: str = "previous",
         noise_every: int = 4,
+        adjust_lr_fn: str | None = "match_rms_adamw",
         overrides: Mapping[str, str] | None = None,
     ) -> None:
         _check(lr=lr, momentum=momentum, weight_decay=weight_decay)
         check_alpha(alpha)
         if noise not in NOISES:
             raise ConfigError(f"Lanton noise: got {noise!r}, wanted one of {', '.join(NOISES)}")
-        defaults = {"lr": lr, "momentum": momentum, "alpha": alpha, "weight_decay": weight_decay, "norm": None}
+        if adjust_lr_fn not in (None, "match_rms_adamw"):
+            raise ConfigError(f"Lanton adjust_lr_fn: got {adjust_lr_fn!r}, wanted 'match_rms_adamw' or None")
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "alpha": alpha, "weight_decay": weight_decay}
+        defaults |= {"norm": None, "adjust_lr_fn": adjust_lr_fn}
         super().__init__(_groups_of(params, overrides) if isinstance(params, nn.Module) else params, defaults)
         self._names: list[list[str]] = []  # beside the groups, not in them: a checkpoint may use others
         named: dict[str, Tensor] = {}
@@ -104,7 +112,7 @@ class Lanton(Optimizer):
         norm_of = {p: group["norm"] for group in self.param_groups for p in group["params"]}
         chosen: dict[str, norms.Norm] = {name: norm_of.get(p, "frobenius") for name, p in parameters.items()}
         kind = SpreadNoise if num_ranks > 1 and always_dense else TemporalNoise
-        noise = kind(parameters, chosen, self.noise.beta2)
+        noise = kind(parameters, chosen, self.noise.beta2, every=self.noise.every)
         noise.continue_from(self.noise)
         known = {p: name for name, p in parameters.items()}
         for names, group in zip(self._names, self.param_groups, strict=True):
@@ -153,7 +161,7 @@ class Lanton(Optimizer):
         if group["weight_decay"]:
             kept = [1.0 - rate * group["weight_decay"] for rate in rates]
             torch._foreach_mul_(parameters, [k.to(p.dtype) for k, p in zip(kept, parameters, strict=True)])
-        torch._foreach_mul_(steps, rates)
+        torch._foreach_mul_(steps, [rate * _scale(group, p) for rate, p in zip(rates, parameters, strict=True)])
         torch._foreach_sub_(parameters, steps)
 
     def _ratios(self, names: list[str], group: dict[str, Any]) -> dict[str, Tensor]:
@@ -201,6 +209,11 @@ _SOURCES = {
     (TemporalNoise, True): "each worker's successive gradients, since under compression nobody knows their mean",
     (TemporalNoise, False): "successive gradients, since there is one worker",
 }
+
+
+def _scale(group: Mapping[str, Any], parameter: Tensor) -> float:
+    """s of the module; 1 for states of before there was one."""
+    return ADAMW_RMS / norms.entry_rms(group["norm"], parameter) if group.get("adjust_lr_fn") else 1.0
 
 
 def _groups_of(model: nn.Module, overrides: Mapping[str, str] | None) -> list[dict[str, Any]]:

@@ -40,16 +40,23 @@ from distrobust.optim.projection import Projection
 class Noise(ABC):
     """H by parameter. `width`: float32 numbers a parameter in a message. `wants_mean`: see `compare`.
 
-    As an observer of an exchange: `observe` or `compare` every gradient, `commit` if the step happens.
+    As an observer of an exchange: `observe` or `compare` every gradient, `commit` if the step happens. every: norms are
+    taken in one of so many steps, and averaged over as many: H <- b2^every H + (1 - b2^every) ...; NaN travels in the
+    others, and says nothing.
     """
 
     width = 1
     wants_mean = False
 
-    def __init__(self, parameters: Mapping[str, Tensor], norms: Mapping[str, Norm], beta2: float) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], norms: Mapping[str, Norm], beta2: float, every: int = 1
+    ) -> None:
         if not 0.0 <= beta2 < 1.0:
             raise ConfigError(f"noise.beta2: got {beta2}, wanted a number from 0 to below 1")
+        if every < 1:
+            raise ConfigError(f"noise_every: got {every}, wanted a number of steps, 1 or more")
         self.parameters, self.norms, self.beta2 = parameters, norms, beta2
+        self.every, self._since = every, 0
         self.names = list(parameters)
         self._place = {name: i for i, name in enumerate(self.names)}
         device = next(iter(parameters.values())).device
@@ -76,12 +83,22 @@ class Noise(ABC):
 
     def compare(self, name: str, gradient: Tensor, mean: Tensor) -> Tensor:
         """(1,) float32 ||gradient - mean||_*^2 to send, of a worker's own (n,) and the mean, where that is wanted."""
+        if not self._is_due:
+            return gradient.new_full((1,), math.nan, dtype=torch.float32)
         difference = self._shaped(gradient.to(torch.float32) - mean.to(torch.float32), name)
         return self._squares({name: difference})[name].float().view(1)
 
     @abstractmethod
     def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
         """The step happens. rows: (num_ranks, numbers), what every rank observed (`is_local`), or all of the mean."""
+
+    @property
+    def _is_due(self) -> bool:
+        return self._since + 1 >= self.every
+
+    def _count(self) -> None:
+        """A step happened."""
+        self._since = 0 if self._is_due else self._since + 1
 
     def take(self, squares: Mapping[str, Tensor], beta2: float) -> None:
         """Takes squared dual norms of differences into H; what is not finite says nothing."""
@@ -94,12 +111,13 @@ class Noise(ABC):
         self.h[places] = torch.where(torch.isfinite(new), averaged, old)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"h": dict(zip(self.names, self.h.tolist(), strict=True))}
+        return {"h": dict(zip(self.names, self.h.tolist(), strict=True)), "since": self._since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Also of another estimator, which a run with one worker had: H is the same quantity."""
         known = state["h"]
         self.h.copy_(torch.tensor([known.get(name, math.nan) for name in self.names], dtype=torch.float64))
+        self._since = state.get("since", 0)
 
     def _squares(self, differences: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Squared dual norms, of tensors in their parameter's shape."""
@@ -121,29 +139,31 @@ class Noise(ABC):
 
 
 class TemporalNoise(Noise):
-    """Option 1: against the previous step's gradient. Keeps a copy of it, two while an exchange is under way.
-
-    every: `measure` does so in one of so many steps, and averages over as many: H <- b2^every H + (1 - b2^every) ...
-    """
+    """Option 1: against the previous step's gradient. Keeps a copy of it, two while an exchange is under way."""
 
     def __init__(
         self, parameters: Mapping[str, Tensor], norms: Mapping[str, Norm], beta2: float, every: int = 1
     ) -> None:
-        super().__init__(parameters, norms, beta2)
-        if every < 1:
-            raise ConfigError(f"noise_every: got {every}, wanted a number of steps, 1 or more")
-        self._every, self._since = every, 0
+        super().__init__(parameters, norms, beta2, every)
         self._previous: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}
         self._was_local: bool | None = None
 
+    @property
+    def _is_last_before(self) -> bool:
+        """The next step measures, and needs this one's gradients."""
+        return self.every == 1 or self._since + 2 == self.every
+
     def observe(self, name: str, gradient: Tensor) -> Tensor:
         """||gradient - previous||_*^2; NaN when there is no previous one."""
-        current = self._current[name] = self._shaped(gradient.detach(), name).to(torch.float32, copy=True)
-        previous = self._previous.get(name)
-        if previous is None:
-            return torch.full((1,), math.nan, device=gradient.device)
-        return self._squares({name: current - previous})[name].to(torch.float32).view(1)
+        found = torch.full((1,), math.nan, device=gradient.device)
+        current = self._shaped(gradient.detach(), name)
+        if self._is_due and name in self._previous:
+            difference = current.to(torch.float32) - self._previous[name]
+            found = self._squares({name: difference})[name].to(torch.float32).view(1)
+        if self._is_last_before:
+            self._current[name] = current.to(torch.float32, copy=True)
+        return found
 
     def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
         """The first difference after gradients changed from local to mean, or back, says nothing."""
@@ -151,27 +171,27 @@ class TemporalNoise(Noise):
         self._current = {}
         if not rows:  # an exchange that settled residuals: nobody saw a gradient
             return
+        self._count()
         switched = self._was_local not in (None, is_local)
         self._was_local = is_local
         if not switched:
             squares = {name: row.double().mean() / (len(row) if is_local else 1) for name, row in rows.items()}
-            self.take(squares, self.beta2)
+            self.take(squares, self.beta2**self.every)
 
     def measure(self, gradients: Mapping[str, Tensor]) -> None:
         """All of a step's gradients at once, in their parameters' shapes, by an optimizer about to apply them."""
-        self._since += 1
-        if self._since >= self._every:
-            self._since = 0
+        if self._is_due:
             self._compare(gradients)
-        if self._since == self._every - 1:
+        if self._is_last_before:
             self.keep(gradients)
+        self._count()
 
     def _compare(self, gradients: Mapping[str, Tensor]) -> None:
         known = [name for name in gradients if name in self._previous]
         new = [gradients[name].detach().to(torch.float32) for name in known]
         if known:
             differences = torch._foreach_sub(new, [self._previous[name] for name in known])
-            self.take(self._squares(dict(zip(known, differences, strict=True))), self.beta2**self._every)
+            self.take(self._squares(dict(zip(known, differences, strict=True))), self.beta2**self.every)
 
     def keep(self, gradients: Mapping[str, Tensor]) -> None:
         """The gradients to compare the next ones with."""
@@ -186,7 +206,6 @@ class TemporalNoise(Noise):
             **super().state_dict(),
             "previous": dict(self._previous),
             "was_local": self._was_local,
-            "since": self._since,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,8 +213,7 @@ class TemporalNoise(Noise):
         previous = {name: kept for name, kept in state.get("previous", {}).items() if name in self.parameters}
         device = self.h.device
         self._previous = {name: kept.to(device, torch.float32, copy=True) for name, kept in previous.items()}
-        self._was_local, self._since = state.get("was_local"), state.get("since", 0)
-        self._current = {}
+        self._was_local, self._current = state.get("was_local"), {}
 
 
 class IndependentNoise(TemporalNoise):
@@ -207,14 +225,20 @@ class IndependentNoise(TemporalNoise):
 
 
 class SpreadNoise(Noise):
-    """The spread of workers' gradients at the same weights. `width` numbers a parameter travel under compression."""
+    """The spread of workers' gradients at the same weights. `width` numbers a parameter travel under compression, where
+    every step measures."""
 
     wants_mean = True
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], norms: Mapping[str, Norm], beta2: float, width: int = 4
+        self,
+        parameters: Mapping[str, Tensor],
+        norms: Mapping[str, Norm],
+        beta2: float,
+        width: int = 4,
+        every: int = 1,
     ) -> None:
-        super().__init__(parameters, norms, beta2)
+        super().__init__(parameters, norms, beta2, every)
         self.width = width
         self._projection = Projection(width)
         self._step = 0
@@ -225,12 +249,13 @@ class SpreadNoise(Noise):
 
     def commit(self, rows: Mapping[str, Tensor], is_local: bool) -> None:
         self._step += 1
+        self._count()
         squares = {}
         for name, row in rows.items():
             num_ranks = len(row)
             deviations = (row - row.mean(dim=0)).double().square() if is_local else row.double()
             squares[name] = 2.0 / num_ranks * deviations.sum() / (num_ranks - 1)
-        self.take(squares, self.beta2)
+        self.take(squares, self.beta2 if is_local else self.beta2**self.every)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "step": self._step}

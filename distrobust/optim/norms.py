@@ -78,6 +78,14 @@ def directions(norm: Norm, tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def entry_rms(norm: Norm, tensor: Tensor) -> float:
+    """Root mean square of the entries of a direction for this tensor; `spectral`: of one of full rank."""
+    if norm == "spectral":
+        rows, columns = as_matrix(tensor).shape
+        return math.sqrt(min(rows, columns)) / columns
+    return 1.0 / math.sqrt(tensor.numel()) if norm == "frobenius" else 1.0
+
+
 def polar(matrices: Tensor, steps: int = STEPS) -> Tensor:
     """(batch, m, n) float32 -> U V^T of each, approximately: Newton-Schulz on the short side."""
     if matrices.shape[-2] > matrices.shape[-1]:

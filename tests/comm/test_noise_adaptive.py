@@ -254,18 +254,19 @@ def test_stepping_ahead_goes_at_each_layers_own_rate() -> None:
     run_ranks(2, body)
 
 
-def test_lanton_runs_on_compressed_gradients_with_the_noise_of_the_whole_ones() -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_lanton_runs_on_compressed_gradients_with_the_noise_of_the_whole_ones(every: int) -> None:
     def body(rank: Rank) -> dict[str, Tensor]:
         net = seeded(mlp)
         ddp = DistributedDataParallel(net, process_group=rank.group)
-        optimizer = Lanton(net, 0.01, beta2=0.0, alpha=1e-3)
+        optimizer = Lanton(net, 0.01, beta2=0.0, alpha=1e-3, noise_every=every)
         compression = distrobust.compress(ddp, optimizer, 0.02, momentum="optimizer", fuse_below=100)
         ours = Worker(ddp, optimizer, compression, rank.rank)
         twins = [
-            TemporalNoise(dict(net.named_parameters()), optimizer.noise.norms, 0.0)  # type: ignore[union-attr]
+            TemporalNoise(dict(net.named_parameters()), optimizer.noise.norms, 0.0, every)  # type: ignore[union-attr]
             for _ in range(2)
         ]
-        for step in range(3):
+        for step in range(5):
             for r, twin in enumerate(twins):
                 twin.measure({name: g.float() for name, g in gradients(net, step, r).items()})
             ours.step(step)

@@ -66,6 +66,39 @@ def test_measuring_every_few_steps_averages_over_as_many_steps() -> None:
         assert h == pytest.approx(0.9**4 * first + (1 - 0.9**4) * second, rel=1e-4)
 
 
+def test_entries_of_every_norm_move_by_a_fifth_of_the_rate() -> None:
+    """In root mean square, whatever the shape; five Newton-Schulz steps leave singular values within 0.16 of 1."""
+    shapes = {
+        "spectral": [(6, 20), (20, 6), (4, 3, 3, 3), (8, 8)],
+        "sign": [(7, 5)],
+        "rms": [(9,)],
+        "frobenius": [(4, 5)],
+    }
+    tensors = {norm: [nn.Parameter(torch.zeros(shape)) for shape in some] for norm, some in shapes.items()}
+    optimizer = Lanton([{"params": some, "norm": norm} for norm, some in tensors.items()], 0.1)
+    for some in tensors.values():
+        for parameter in some:
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    for norm, some in tensors.items():
+        for parameter in some:
+            moved = float(parameter.detach().square().mean().sqrt())
+            assert moved == pytest.approx(0.2 * 0.1, rel=0.16 if norm == "spectral" else 1e-5), (norm, parameter.shape)
+
+
+def test_a_state_of_before_there_was_a_scale_keeps_the_rate_of_the_norm() -> None:
+    net = model()
+    old = Lanton(net, 0.1, adjust_lr_fn=None).state_dict()
+    for group in old["param_groups"]:
+        del group["adjust_lr_fn"]
+    optimizer, before = Lanton(net), net[4].bias.detach().clone()
+    optimizer.load_state_dict(old)
+    backward(net, 0)
+    optimizer.step()
+    moved = float((net[4].bias.detach() - before).square().mean().sqrt())
+    assert moved == pytest.approx(0.1, rel=1e-5)
+
+
 def test_without_noise_all_layers_move_at_the_full_rate() -> None:
     net = model()
     optimizer = Lanton(net, 0.01, noise="none", alpha=1e-6)
@@ -197,6 +230,7 @@ def test_in_an_exchange_it_measures_the_spread_if_the_mean_is_known_and_nothing_
         ({"alpha": 0.0}, "noise.alpha: got 0.0, wanted a finite number above 0"),
         ({"beta2": 1.0}, "noise.beta2: got 1.0"),
         ({"noise_every": 0}, "noise_every: got 0, wanted a number of steps, 1 or more"),
+        ({"adjust_lr_fn": "original"}, "Lanton adjust_lr_fn: got 'original', wanted 'match_rms_adamw' or None"),
         ({"noise": "temporal"}, "Lanton noise: got 'temporal', wanted one of previous, independent, none"),
     ],
 )

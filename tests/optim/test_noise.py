@@ -108,6 +108,31 @@ def test_the_gradient_is_copied() -> None:
     torch.testing.assert_close(noise.observe("w", gradient(1))[0], expected, rtol=2.0**-18, atol=0)
 
 
+def test_an_exchange_that_measures_every_few_steps_finds_what_an_optimizer_does() -> None:
+    """Also when a step, whichever, does not happen and is tried again."""
+    measured, observed = (TemporalNoise({"w": torch.zeros(N)}, {"w": "frobenius"}, 0.9, every=3) for _ in range(2))
+    for step in range(12):
+        measured.measure({"w": gradient(step)})
+        observed.observe("w", gradient(100 + step))  # not committed
+        see(observed, gradient(step))
+        assert observed.by_name() == pytest.approx(measured.by_name(), rel=1e-6)
+    assert list(measured.by_name()) == ["w"]
+
+
+def test_a_spread_taken_every_few_steps_averages_over_as_many_steps() -> None:
+    noise = SpreadNoise({"w": torch.zeros(N)}, {"w": "frobenius"}, 0.9, every=3)
+    found = []
+    for step in range(6):
+        local = [gradient(2 * step), gradient(2 * step + 1)]
+        mean = (local[0] + local[1]) / 2
+        numbers = torch.stack([noise.compare("w", g, mean) for g in local])
+        assert bool(torch.isnan(numbers).all()) == (step % 3 != 2)
+        noise.commit({"w": numbers}, is_local=False)
+        if step % 3 == 2:
+            found.append(sum(float((g - mean).double().square().sum()) for g in local))
+    assert noise.by_name()["w"] == pytest.approx(0.9**3 * found[0] + (1 - 0.9**3) * found[1], rel=1e-5)
+
+
 def test_a_constant_gradient_has_no_noise() -> None:
     noise = temporal()
     for _ in range(3):

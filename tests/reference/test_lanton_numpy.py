@@ -68,7 +68,7 @@ def test_trajectories_follow_the_paper(norm: str) -> None:
     ]
     expected, expected_ratios = reference(start, gradients, norm)
     parameters = [nn.Parameter(torch.tensor(one, dtype=torch.float32)) for one in start]
-    groups: list[dict[str, Any]] = [{"params": parameters, "norm": norm}]
+    groups: list[dict[str, Any]] = [{"params": parameters, "norm": norm, "adjust_lr_fn": None}]
     optimizer = Lanton(groups, LR, momentum=B1, beta2=B2, alpha=ALPHA, weight_decay=DECAY, noise_every=1)
     for g in gradients:
         for parameter, one in zip(parameters, g, strict=True):
