@@ -177,6 +177,20 @@ def noise_estimators() -> list[str]:
     return lines
 
 
+def noise() -> list[str]:
+    """Held-out loss of every optimizer at its best rate, and steps and seconds to the target."""
+    tasks = {"gpt": "GPT", "natural": "CIFAR-10, natural", "n_fgsm": "CIFAR-10, N-FGSM"}
+    lines = ["| task | sent | optimizer | rate | loss | steps to target | seconds |", "| --- |" + " --- |" * 6]
+    for row in json.loads((RESULTS / "noise.json").read_text())["rows"]:
+        steps, seconds = row["steps_to_target"], row["seconds_to_target"]
+        cells = [tasks[row["task"]], "1 %" if row["compressed"] else "all", row["method"], f"{row['rate']:g}"]
+        cells.append(f"{row['loss']['mean']:.3f} +- {row['loss']['half_width_95']:.3f}")
+        cells += ["-" if steps is None else f"{steps['mean']:.0f} +- {steps['half_width_95']:.0f}"]
+        cells += ["-" if seconds is None else f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def passes() -> list[str]:
     """Step times with k attack passes for each exchange, dense and at 1 %, on every link."""
     rows = json.loads((RESULTS / "passes.json").read_text())["rows"]
@@ -221,4 +235,4 @@ if __name__ == "__main__":
     )
     tasks = ("digits", "cifar10")
     print("\n".join([*federated_compression(*tasks), *federated_personal(*tasks), *federated_robust(*tasks)]))
-    print("\n".join([*federated_speed(), *noise_estimators(), *passes(), *training_speed()]))
+    print("\n".join([*federated_speed(), *noise_estimators(), *noise(), *passes(), *training_speed()]))

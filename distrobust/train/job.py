@@ -182,6 +182,9 @@ class _Job:
         if rates := self.config.model.rates:  # wrong patterns are found before pre-training, not after it
             text = f"train: {transfer.describe(start.net, transfer.multipliers(start.net, rates))}"
             start = dataclasses.replace(start, notices=(*start.notices, text))
+        if self._steps_ahead_from_random_weights:
+            text = "train: step-ahead from random weights without a warm-up ends differently for every seed; set"
+            start = dataclasses.replace(start, notices=(*start.notices, f"{text} compress.warmup to 0.2, or pretrain"))
         if self.config.model.channels_last:
             scoring.to_memory_format(start.net, torch.channels_last)
         start.net.to(self.device)
@@ -284,6 +287,12 @@ class _Job:
     def _starts_from_directory(self) -> bool:
         model = self.config.model
         return model.directory is not None and model.weights is None and self.config.pretrain is None
+
+    @property
+    def _steps_ahead_from_random_weights(self) -> bool:
+        model, compress = self.config.model, self.config.compress
+        is_random = model.directory is None and model.weights is None and self.config.pretrain is None
+        return is_random and compress is not None and compress.step_ahead and not compress.warmup
 
     def _emit(self, record: dict[str, Any]) -> None:
         try:

@@ -128,6 +128,24 @@ def test_a_peak_tuned_for_another_batch_size_is_scaled_and_the_factor_said(
     assert notice["text"].startswith(wanted)
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_said"),
+    [
+        (("pretrain=null", "compress={step_ahead: true}"), True),
+        (("pretrain=null", "compress={step_ahead: true, warmup: 0.2}"), False),
+        (("pretrain=null",), False),
+        (("compress={step_ahead: true}",), False),
+    ],
+)
+def test_step_ahead_from_random_weights_without_a_warm_up_is_said(
+    make_config: MakeConfig, changes: tuple[str, ...], is_said: bool
+) -> None:
+    config = make_config(*changes, "train.epochs=1", "evaluate.test=false")
+    run_job(config)
+    texts = [r["text"] for r in records_of(config, "notice")]
+    assert any("step-ahead from random weights" in text for text in texts) == is_said
+
+
 def test_the_rate_falls_when_robust_accuracy_no_longer_rises(make_config: MakeConfig) -> None:
     """A threshold no rise can reach: cut after every epoch but the first."""
     config = make_config(
