@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def perturbed_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float) -> Iterator[None]:
-    """Inside, `model`'s weights are w'; afterwards w, to the bit, whatever happened.
+    """Inside, `model`'s weights are w'; afterwards w, to the bit, whatever happened; so nothing else may move them there
+    (Compression.staying_ahead).
 
     model: the inner module, on which `loss()` computes its scalar. No autocast region may reach over the border: it
     keeps casts of w. No .grad is touched, no hook fires, buffers stay. Where g is zero or not finite, w' = w.

@@ -40,6 +40,7 @@ class StepAhead:
         self.share = min(1.0, 2.0 / num_ranks)  # c
         self._rates = rates
         self._kept: dict[str, Tensor] = {}
+        self._moved: list[str] = []
         self.is_ahead = False
 
     @torch.no_grad()
@@ -48,6 +49,7 @@ class StepAhead:
         if self.is_ahead:
             return
         rates = self._rates()
+        self._moved = []
         for name, parameter in self._parameters.items():
             residual = self._residuals[name]
             if residual.settled:  # v is zero
@@ -58,14 +60,14 @@ class StepAhead:
                 kept = self._kept[name] = torch.empty_like(here)
             kept.copy_(here)
             here.add_(residual.v.to(here.dtype), alpha=-rates[name] * self.share)
+            self._moved.append(name)
         self.is_ahead = True
 
     @torch.no_grad()
     def back(self) -> None:
-        """To the shared w, the very bits. Call it before residuals commit."""
+        """To the shared w, the very bits."""
         if not self.is_ahead:
             return
-        for name, parameter in self._parameters.items():
-            if not self._residuals[name].settled:
-                flat(parameter.detach()).copy_(self._kept[name])
+        for name in self._moved:
+            flat(self._parameters[name].detach()).copy_(self._kept[name])
         self.is_ahead = False

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -84,6 +85,7 @@ class Compression:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scale = scale
         self._pass: _Pass | None = None
+        self._stays_ahead = False
         self._pays: dict[float, bool] = {}  # by density: whether sparse messages are smaller than dense ones
         self.step = 0
         self.skipped_steps = 0
@@ -198,7 +200,8 @@ class Compression:
     def _finish(self, current: _Pass) -> None:
         """Runs when every bucket is decoded, on whatever thread decoded the last."""
         try:
-            self.step_back()
+            if not self._stays_ahead:
+                self.step_back()
             for job in current.jobs:
                 if job.error is not None:
                     raise job.error
@@ -259,6 +262,19 @@ class Compression:
         """Moves the parameters back to the shared ones."""
         if self.ahead is not None:
             self.ahead.back()
+
+    @contextmanager
+    def staying_ahead(self) -> Iterator[None]:
+        """Inside, backward() leaves the parameters where step_ahead() moved them; the end of the block moves them back.
+
+        For what restores parameters after a backward, as perturbations of weights do: they would restore them there.
+        """
+        self._stays_ahead = True
+        try:
+            yield
+        finally:
+            self._stays_ahead = False
+            self.step_back()
 
     def drop_gradients_if_skipped(self) -> None:
         """Leaves the optimizer nothing to step on after a skipped backward; a hook on its step calls this."""

@@ -116,7 +116,8 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
     state.optimizer.zero_grad(set_to_none=True)
     state.compression.step_ahead()  # before the attack: it should meet the weights that learn from it
     try:
-        taken = _backward(state, recipe, x, labels, generator)
+        with state.compression.staying_ahead():
+            taken = _backward(state, recipe, x, labels, generator)
     except Exception:
         state.compression.raise_cause()
         raise

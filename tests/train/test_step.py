@@ -1,0 +1,39 @@
+"""One training step on several ranks: whatever it does to the weights inside, between steps they are shared."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from distrobust.config import AttackConfig
+from distrobust.train.state import TrainState
+from distrobust.train.step import Recipe, train_step
+from tests.harness.jobs import assert_equal
+from tests.harness.ranks import Rank, run_ranks
+from tests.train.test_transfer import PHASE, RECIPE, state_of
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("step_ahead", [False, True])
+@pytest.mark.parametrize("awp", [None, 0.005])
+def test_after_a_step_all_ranks_hold_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch, awp: float | None, step_ahead: bool
+) -> None:
+    monkeypatch.setattr(TrainState, "attacked", lambda state, _: state.net)  # threads cannot trace a model at once
+    attack = AttackConfig.model_validate({"name": "fgsm", "eps": 0.05, "awp": awp})
+    phase = PHASE.model_copy(update={"accumulate": 2})
+    recipe: Recipe = dataclasses.replace(RECIPE, attack=attack, phase=phase)
+
+    def body(rank: Rank) -> dict[str, Tensor]:
+        state = state_of(rank, None, density=0.05, step_ahead=step_ahead, warmup=0.0)
+        for number in range(4):
+            generator = torch.Generator().manual_seed(10 * number + rank.rank)
+            images = torch.randint(0, 256, (8, 1, 8, 8), generator=generator, dtype=torch.uint8)
+            train_step(state, images, torch.arange(8) % 4, recipe, rank.rank)
+            state.position = dataclasses.replace(state.position, step=number + 1)
+        assert any(residual.v.any() for residual in state.compression.residuals.values())  # something waits
+        return {name: p.detach().clone() for name, p in state.net.named_parameters()}
+
+    one, two = run_ranks(2, body)
+    assert_equal(one, two)
