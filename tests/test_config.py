@@ -35,6 +35,10 @@ MINIMAL: dict[str, Any] = {"data": {"path": "somewhere"}}
         ({"train": {"nesterov": True, "momentum": 0}}, "train: nesterov needs a momentum above 0"),
         ({"model": {"weights": "a.pt"}, "pretrain": {}}, "pretrain and model.weights exclude each other"),
         ({"cluster": {"workers": "two"}}, "cluster.workers: wanted a valid integer.*got 'two'"),
+        (
+            {"cluster": {"workers": 2, "min_workers": 1}, "compress": {"exchange": "hierarchical"}},
+            "compress.exchange hierarchical: its residuals belong to the workers of a machine",
+        ),
         ({"noise": {"alpha": 0}}, "noise.alpha: wanted greater than 0"),
         ({"checkpoint": {"keep": 1}}, "checkpoint.keep: wanted greater than or equal to 2"),
     ],

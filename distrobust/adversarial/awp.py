@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def perturbed_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float) -> Iterator[None]:
-    """Inside, `model`'s weights are w'; afterwards w, to the bit, whatever happened; so nothing else may move them there
+    """Inside, `model`'s weights are w'; afterwards w, to the bit, whatever happened: nothing else may move them inside
     (Compression.staying_ahead).
 
     model: the inner module, on which `loss()` computes its scalar. No autocast region may reach over the border: it

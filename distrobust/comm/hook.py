@@ -104,8 +104,9 @@ def attach(
     else:
         taken = takeover.leave_in_place(optimizers, parameters, clip=clip)
     adaptive = takeover.noise_adaptive(optimizer)
-    needs = "step-ahead" if step_ahead else "noise" if adaptive is not None else "clip" if clip is not None else ""
-    chosen = choice.choose(exchange, _group_of(model), transport, needs)
+    wants = {"step-ahead": step_ahead, "noise": adaptive is not None, "clip": clip is not None, "dense": density == 1.0}
+    needs = next((name for name, is_so in wants.items() if is_so), "")
+    chosen = choice.choose(exchange, _group_of(model), transport, needs, next(iter(parameters.values())).device)
     _refuse_combinations(chosen, step_ahead, adaptive is not None, clip)
     observer: Observer | None = None
     if adaptive is not None:

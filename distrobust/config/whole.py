@@ -88,6 +88,16 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _can_go_on_with_fewer(self) -> Config:
+        is_elastic = self.cluster.min_workers is not None
+        if is_elastic and self.compress is not None and self.compress.exchange == "hierarchical":
+            raise ValueError(
+                "compress.exchange hierarchical: its residuals belong to the workers of a machine, so a run cannot go "
+                "on with fewer; set it to all_gather or sharded, or cluster.min_workers to null"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What a run directory is bound to: everything that changes what a run does, but not how many workers do it."""
         values = self.model_dump(mode="json")

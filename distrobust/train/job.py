@@ -262,6 +262,7 @@ class _Job:
             Transport(),
             self.device,
             self.config.model.rates if tuning else None,
+            may_resize=self.config.cluster.min_workers is not None,
         )
 
     def _export(self, net: nn.Module, name: str, architecture: Architecture, source: Source) -> None:

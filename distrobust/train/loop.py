@@ -140,7 +140,7 @@ def save(state: TrainState, phase: Phase) -> bool:
     Raises DivergedError, writing nothing, when ranks' parameters differ.
     """
     started = time.perf_counter()
-    transport, settings = state.compression.settings.transport, phase.config.checkpoint
+    transport, settings = state.transport, phase.config.checkpoint
     _check_digests(state, phase, transport.gather_rows(parameter_digest(state).view(1))[:, 0])
     written = checkpoint.save(
         phase.directory.checkpoints,
@@ -200,7 +200,7 @@ def _check_skipped(state: TrainState, phase: Phase) -> None:
 def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
     """Exchanges 48 bytes a rank: loss, accuracy, a digest of the parameters, the time of its own part of a step and
     whether someone was asked to stop."""
-    transport = state.compression.settings.transport
+    transport = state.transport
     results = window.results
     samples = sum(result.samples for result in results)
     loss = sum((result.loss.double() * result.samples for result in results), torch.zeros((), dtype=torch.float64))
@@ -285,7 +285,7 @@ def _held_out_score(
         limit=limit,
         batch_size=phase.config.evaluate.batch_size,
         seed=phase.config.run.seed,
-        transport=state.compression.settings.transport,
+        transport=state.transport,
         beat=phase.beat,
     )
 
@@ -293,7 +293,7 @@ def _held_out_score(
 def _watch(state: TrainState, phase: Phase, attack: AttackConfig) -> None:
     """Looks for catastrophic overfitting (Wong, Rice and Kolter, ICLR 2020): right under one step of FGSM, wrong under
     PGD, both at the present eps."""
-    net = scoring.averaged(state.net, state.compression.settings.transport)
+    net = scoring.averaged(state.net, state.transport)
     position, threat = state.position, phase.recipe.threat(state.position.step - 1)
     fgsm, pgd = (_held_out_score(state, phase, net, a, threat, WATCH_IMAGES) for a in (Attack("fgsm"), EPOCH_ATTACK))
     phase.emit(
@@ -331,7 +331,7 @@ def has_collapsed(fgsm_accuracy: float, pgd_accuracy: float) -> bool:
 
 def _score_epoch(state: TrainState, phase: Phase) -> None:
     config, position = phase.config, state.position
-    net = scoring.averaged(state.result, state.compression.settings.transport)
+    net = scoring.averaged(state.result, state.transport)
     clean = _held_out_score(state, phase, net, scoring.NATURAL, None, 0)
     record: dict[str, Any] = {
         "event": "epoch",

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distrobust.adversarial.folded import Folded
+from distrobust.comm import choice
 from distrobust.comm.hook import attach
 from distrobust.comm.resize import resize
 from distrobust.comm.state import Compression
@@ -42,6 +43,8 @@ class TrainState:
     ddp: DistributedDataParallel
     optimizer: torch.optim.SGD
     compression: Compression
+    transport: Transport
+    """Between all ranks; that of the exchange itself, which may be between machines, where it has one level."""
     adaptive: NoiseAdaptive | None  # around `optimizer`
     accuracy_gradient: AccuracyGradient | None
     average: AveragedModel | None  # of the weights over time
@@ -105,7 +108,7 @@ class TrainState:
         own = loaded.own[0]
         compression = own["compression"]
         if loaded.was_resized:
-            place = self.compression.settings.transport
+            place = self.transport
             own = loaded.own[place.rank % len(loaded.own)]  # batch-norm statistics and the last gradient, for its noise
             compression = resize([one["compression"] for one in loaded.own], place.rank, place.num_ranks)
         self.compression.load_state_dict(compression)
@@ -138,10 +141,12 @@ def make_state(
     transport: Transport,
     device: torch.device,
     rates: Mapping[str, float] | None = None,
+    may_resize: bool = False,
 ) -> TrainState:
     """A phase at its first step. Without `compress` the hook runs dense, which is DDP with SGD to the bit.
 
-    rates: see ModelConfig; parameters of `net` are frozen by it for good.
+    transport: between all ranks. rates: see ModelConfig; parameters of `net` are frozen by it for good. may_resize:
+    the run may go on with other workers, so a hierarchical exchange is not chosen for it.
     """
     multipliers = transfer.multipliers(net, rates) if rates else {}
     frozen_norms = transfer.freeze_(net, multipliers) if rates else []
@@ -155,6 +160,8 @@ def make_state(
     )
     adaptive = NoiseAdaptive(optimizer, net, alpha=noise.alpha, beta2=noise.beta2) if noise else None
     chosen = compress or CompressConfig(density=1.0)
+    if may_resize and chosen.exchange == "auto" and not chosen.step_ahead:
+        chosen = chosen.model_copy(update={"exchange": choice.flat_exchange(transport.num_ranks)})
     compression = attach(
         ddp,
         adaptive or optimizer,
@@ -173,6 +180,7 @@ def make_state(
         ddp,
         optimizer,
         compression,
+        compression.settings.transport if compression.settings.transport.local is None else transport,
         adaptive,
         controller,
         average,

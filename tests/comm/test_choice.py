@@ -1,11 +1,15 @@
 """Which exchange and which density: chosen by bytes, by a budget, or by the link as it is."""
 
 import logging
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness.ranks import Rank, run_ranks
+import torch.distributed as dist
+from harness.ranks import Processes, Rank, run_ranks
 from harness.training import worker
 
 from distrobust.comm import choice, hook, link
@@ -33,10 +37,66 @@ def test_step_ahead_stays_with_all_gather() -> None:
     assert choice.choose("auto", None, in_process(64)[0], "step-ahead").exchange == "all_gather"
 
 
+@pytest.mark.parametrize(
+    ("launched", "size"),
+    [
+        ([(2, 0), (2, 1), (2, 0), (2, 1)], 2),
+        ([(2, 0), (2, 1)] * 3, 2),
+        ([(3, 0), (3, 1), (3, 2)] * 2, 3),
+        ([(2, 0), (2, 1), (1, 0), (1, 0)], 1),  # machines of different size
+        ([(1, 0), (1, 0), (2, 0), (2, 1)], 1),
+        ([(4, 0), (4, 1), (4, 2), (4, 3), (2, 0), (2, 1)], 1),
+        ([(2, 0), (2, 0), (2, 1), (2, 1)], 1),  # numbered across machines
+        ([(4, 0), (4, 1), (4, 2), (4, 3)], 1),  # one machine
+        ([(1, 0)] * 4, 1),
+        ([(1, 0)], 1),
+    ],
+    ids=str,
+)
+def test_levels_need_machines_of_one_size_numbered_one_after_the_other(
+    launched: list[tuple[int, int]], size: int
+) -> None:
+    assert choice.machine_size(torch.tensor(launched)) == size
+
+
 def test_hierarchical_on_one_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="got 4 workers, 4 on this machine"):
         choice.choose("hierarchical", None, in_process(4)[0], "")
+
+
+@pytest.mark.ranks
+def test_hierarchical_in_a_group_of_ones_own_is_refused() -> None:
+    def body(rank: Rank) -> None:
+        with pytest.raises(ConfigError, match="hierarchical needs the default process group"):
+            worker(rank, exchange="hierarchical")
+
+    run_ranks(4, body)
+
+
+def choose_all(rank: int, pipe: Connection) -> None:
+    """What `auto` becomes on four processes that are launched in one way after the other."""
+    default = Rank(rank, 4, dist.group.WORLD)
+    for layout in LAYOUTS:
+        os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = map(str, layout[rank])
+        for options in ({}, {"density": 1.0}, {"clip": 1.0}):
+            ours = worker(default, exchange="auto", **options)
+            ours.step(0)
+            local = ours.state.settings.transport.local
+            pipe.send((1 if local is None else local.num_ranks, sum(float(p.sum()) for p in ours.ddp.parameters())))
+
+
+LAYOUTS = [[(2, 0), (2, 1), (2, 0), (2, 1)], [(2, 0), (2, 1), (1, 0), (1, 0)], [(4, 0), (4, 1), (4, 2), (4, 3)]]
+
+
+@pytest.mark.procs
+@pytest.mark.timeout(120)
+def test_all_ranks_choose_the_same_however_they_are_spread_over_machines(tmp_path: Path) -> None:
+    """Two levels only where machines are alike, something is compressed, and nothing needs whole gradients."""
+    with Processes(4, choose_all, tmp_path, collective_timeout_s=20) as processes:
+        found = [[processes.receive(rank, timeout_s=60) for _ in range(9)] for rank in range(4)]
+    assert all(one == found[0] for one in found)
+    assert [size for size, _ in found[0]] == [2, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.ranks
