@@ -93,13 +93,14 @@ class Method:
 
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 MUON_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+NOISY_RATES = (3e-3, 1e-2, 3e-2, 1e-1)  # only the quietest layer of a group moves at the full one
 SGD_RATES = {"natural": (0.003, 0.01, 0.03, 0.1), "n_fgsm": (0.03, 0.1, 0.3, 1.0)}
 METHODS: dict[str, Method] = {
     "AdamW": Method(lambda net, lr: AdamW(net.parameters(), lr=lr, weight_decay=0.0), ADAM_RATES),
     "Muon, AdamW for the rest": Method(MuonForAll, MUON_RATES),
     "LANTON without noise": Method(lambda net, lr: Lanton(net, lr, noise="none"), MUON_RATES),
-    "LANTON": Method(lambda net, lr: Lanton(net, lr), MUON_RATES),
-    "LANTON, spread of workers": Method(lambda net, lr: Lanton(net, lr), MUON_RATES),
+    "LANTON": Method(lambda net, lr: Lanton(net, lr), NOISY_RATES),
+    "LANTON, spread of workers": Method(lambda net, lr: Lanton(net, lr), NOISY_RATES),
     "noise-adaptive AdamW": Method(
         lambda net, lr: NoiseAdaptive(AdamW(net.parameters(), lr=lr, weight_decay=0.0), net), ADAM_RATES
     ),
