@@ -179,9 +179,11 @@ class TemporalNoise(Noise):
             self.take(squares, self.beta2**self.every)
 
     def measure(self, gradients: Mapping[str, Tensor]) -> None:
-        """All of a step's gradients at once, in their parameters' shapes, by an optimizer about to apply them."""
-        if self._is_due:
+        """All of a step's gradients at once, in their parameters' shapes, by an optimizer about to apply them: means,
+        which are not compared with what an exchange kept of local ones."""
+        if self._is_due and not self._was_local:
             self._compare(gradients)
+        self._was_local = False
         if self._is_last_before:
             self.keep(gradients)
         self._count()
