@@ -111,7 +111,7 @@ def nuclear(matrices: Tensor) -> Tensor:
     x = x if x.shape[-2] <= x.shape[-1] else x.mT
     finite = torch.isfinite(x).all(dim=-1).all(dim=-1)
     gram = torch.where(finite[:, None, None], x @ x.mT, 0.0)
-    # all are kept: without those below n eps lambda_max, one large singular value beside many of a thousandth loses 34 %
+    # all are kept: one large singular value beside many of a thousandth would lose 34 % without those below n eps of it
     sums = torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt().sum(dim=-1) * scale[:, 0, 0]
     return torch.where(finite, sums, torch.nan)
 
