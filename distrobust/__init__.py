@@ -54,8 +54,8 @@ def compress(
         num_steps: length of the run in optimizer steps; without it there is no warm-up and no denser end.
         fewer_bytes: with density "auto", how many times fewer bytes than dense the whole run shall send.
         exchange_s: with density "auto" instead, seconds a step may spend sending, on the link as measured now.
-        step_ahead: compute each rank's gradient where its own unsent update will lead, without warm-up and masking
-            (False).
+        step_ahead: compute each rank's gradient where its own unsent update will lead, without warm-up and masking;
+            torch.optim.SGD only (False).
         warmup: share of the run spent on the paper's ladder of densities (0.2, or 0 with step_ahead).
         final_steps, final_density: the last steps of the run, sent at that density (0, 1.0).
         values: "fp32", "fp16", "bf16", "int8", "4bit", "2bit" or "sign" on the wire ("4bit"); rounding stays in the

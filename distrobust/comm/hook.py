@@ -99,6 +99,8 @@ def attach(
     }
     _refuse_gradients_that_are_no_float_vectors(model.module, parameters)
     optimizers = takeover.unwrapped(optimizer)
+    if step_ahead and momentum == "optimizer":
+        _refuse_all_but_sgd_ahead(optimizers)
     if momentum == "residual":
         taken = takeover.take_over(optimizers, parameters, masking=masking, clip=clip)
     else:
@@ -183,6 +185,15 @@ def _refuse_combinations(chosen: choice.Choice, step_ahead: bool, adapts: bool, 
             "noise: a worker sees only a piece of each gradient in a hierarchical exchange; set compress.exchange to "
             "all_gather or sharded, or noise to null"
         )
+
+
+def _refuse_all_but_sgd_ahead(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for one in optimizers:
+        if type(one) is not torch.optim.SGD:
+            raise ConfigError(
+                f"compress.step_ahead: got optimizer {type(one).__name__}, wanted torch.optim.SGD, whose pending "
+                "update alone is its rate times the residual; leave step_ahead off"
+            )
 
 
 def _rates_of(
