@@ -22,7 +22,7 @@ from distrobust.comm.flat import flat_like
 from distrobust.comm.state import Compression
 from distrobust.comm.transport import Transport
 from distrobust.compression.codec import INDEX_CODES, VALUE_CODES, Code
-from distrobust.compression.density import LADDER, Schedule, for_budget
+from distrobust.compression.density import LADDER, Schedule, for_budget, planned
 from distrobust.compression.select import SELECTORS
 from distrobust.errors import ConfigError
 
@@ -76,8 +76,6 @@ def attach(
     _choose("compress.momentum", momentum, {"residual": None, "optimizer": None})
     warmup = (0.0 if step_ahead else 0.2) if warmup is None else warmup
     masking = not step_ahead if masking is None else masking
-    if not 0.0 <= warmup <= 1.0:
-        raise ConfigError(f"compress.warmup: got {warmup}, wanted a share of the run from 0 to 1")
     if clip is not None and not clip > 0.0:
         raise ConfigError(f"compress.clip: got {clip}, wanted a norm above 0, or None for no clipping")
     budgets = [value for value in (fewer_bytes, exchange_s) if value is not None and value > 0.0]
@@ -86,11 +84,8 @@ def attach(
             f"compress.density: got {density!r} with fewer_bytes={fewer_bytes} and exchange_s={exchange_s}; wanted a "
             "number, or 'auto' and one of the two budgets, above 0"
         )
-    steps = num_steps or 0
     first = density if not isinstance(density, str) else 1e-6
-    schedule = Schedule(first, round(warmup * steps), ladder, steps, final_steps, final_density)
-    if num_steps is None and warmup and first < ladder[0]:
-        _log.warning("compress: no warm-up, because the length of the run is unknown; pass num_steps=")
+    schedule = planned(first, num_steps, warmup, ladder, final_steps, final_density)
     ignored = model.parameters_to_ignore
     parameters = {
         name: parameter
