@@ -241,6 +241,7 @@ class ShardedCompression:
             residuals[name] = entry
         return {
             "residuals": residuals,
+            "rules": takeover.to_save({name: piece.residual.rule for name, piece in self.pieces.items()}),
             "place": self._place,
             "step": self.step,
             "skipped_steps": self.skipped_steps,
@@ -267,6 +268,7 @@ class ShardedCompression:
             raise CheckpointError(
                 f"residuals of another model: {len(differing)} parameters differ, first {differing[0]!r}"
             )
+        takeover.refuse_other_rules(state, {name: piece.residual.rule for name, piece in pieces.items()})
         for name, entry in saved.items():
             shape = fsdp_layers.local(pieces[name].parameter).shape
             if entry["v"].shape != shape or ("u" in entry) != bool(pieces[name].residual.rule.momentum):

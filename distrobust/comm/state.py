@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn import Parameter
 
-from distrobust.comm import dense
+from distrobust.comm import dense, takeover
 from distrobust.comm.ahead import StepAhead
 from distrobust.comm.bucket import Bucket, Exchange, Mean, Settings, Step, Verdict
 from distrobust.comm.exchange import EXCHANGES
@@ -286,6 +286,7 @@ class Compression:
         transport = self.settings.transport
         return {
             "residuals": residuals,
+            "rules": takeover.to_save({name: residual.rule for name, residual in self.residuals.items()}),
             "step": self.step,
             "rank": transport.rank,
             "num_ranks": transport.num_ranks,
@@ -320,6 +321,7 @@ class Compression:
             raise CheckpointError(
                 f"residuals of another model: {len(differing)} parameters differ, first {differing[0]!r}"
             )
+        takeover.refuse_other_rules(state, {name: residual.rule for name, residual in self.residuals.items()})
         for name, entry in saved.items():
             wanted = self._shaped(self.residuals[name].v, name).shape
             if entry["v"].shape != wanted:

@@ -185,6 +185,8 @@ def a_loaded_state_continues_bit_identically_and_another_place_is_refused(rank: 
     assert equal(second.residuals(), whole.residuals())
     with pytest.raises(CheckpointError, match=r"residual of machine 7 of 2, shard \d of 2, this is machine"):
         second.state.load_state_dict({**saved, "place": (7, *saved["place"][1:])})
+    with pytest.raises(CheckpointError, match=r"saved with momentum 0.9, .*decay 0.2, this run has .*decay 0.01"):
+        second.state.load_state_dict({**saved, "rules": {"0.weight": (0.9, False, 0.2)}})
     saved["residuals"]["0.weight"]["v"] = torch.zeros(3)
     with pytest.raises(CheckpointError, match=r"residual of '0.weight': got shape \(3,\)"):
         second.state.load_state_dict(saved)

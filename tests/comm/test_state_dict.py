@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from harness.ranks import Rank, run_ranks
-from harness.training import Worker, mlp, residuals, same, worker
+from harness.training import SGD, Worker, mlp, residuals, same, worker
 from torch import nn
 
+import distrobust
 from distrobust.errors import CheckpointError
 
 pytestmark = pytest.mark.ranks
@@ -101,6 +102,11 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda state: state["residuals"]["4.bias"].pop("u"),
         "residual of '4.bias': saved without momentum, this run is with it",
     ),
+    "another weight decay": (
+        lambda state: state["rules"].update({"4.bias": (0.9, False, 0.1)}),
+        "residual of '4.bias': saved with momentum 0.9, nesterov False, weight decay 0.1, this run has momentum 0.9, "
+        r"nesterov False, weight decay 0.0005: call compress\(\) on a fresh optimizer, then load the states of both",
+    ),
     "something else": (lambda state: state.clear(), r"not what Compression.state_dict\(\) returned"),
 }
 
@@ -153,5 +159,35 @@ def test_the_saved_state_is_not_changed_by_loading_or_training_on() -> None:
         for name, entry in kept["residuals"].items():
             assert torch.equal(entry["v"], saved["residuals"][name]["v"])
             assert torch.equal(entry["u"], saved["residuals"][name]["u"])
+
+    run_ranks(1, body)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_an_optimizer_that_was_loaded_before_compress_is_refused_since_it_has_lost_its_weight_decay(
+    momentum: float,
+) -> None:
+    def body(rank: Rank) -> None:
+        ours = worker(rank, sgd={**SGD, "momentum": momentum})
+        ours.step(0)
+        optimizer, state = ours.optimizer.state_dict(), through_a_file(ours.state.state_dict())
+        late = worker(rank, density=None, sgd={**SGD, "momentum": momentum})
+        late.optimizer.load_state_dict(optimizer)
+        compression = distrobust.compress(late.ddp, late.optimizer)
+        with pytest.raises(CheckpointError, match=r"weight decay 0.0005, this run has .*weight decay 0.0:"):
+            compression.load_state_dict(state)
+        assert compression.step == 0
+
+    run_ranks(1, body)
+
+
+def test_a_state_of_before_rules_were_saved_is_loaded() -> None:
+    def body(rank: Rank) -> None:
+        first, second = worker(rank), worker(rank)
+        first.step(0)
+        state = first.state.state_dict()
+        del state["rules"]
+        second.state.load_state_dict(state)
+        assert same(residuals(first.state), residuals(second.state))
 
     run_ranks(1, body)
