@@ -53,7 +53,8 @@ def compress(
     Options:
         num_steps: length of the run in optimizer steps; without it there is no warm-up and no denser end.
         fewer_bytes: with density "auto", how many times fewer bytes than dense the whole run shall send.
-        exchange_s: with density "auto" instead, seconds a step may spend sending, on the link as measured now.
+        exchange_s: with density "auto" instead, seconds a step may spend sending, on the link as measured now; a run
+            that continues with as many ranks keeps the density it had.
         step_ahead: compute each rank's gradient where its own unsent update will lead, without warm-up and masking;
             torch.optim.SGD only (False).
         warmup: share of the run spent on the paper's ladder of densities (0.2, or 0 with step_ahead).

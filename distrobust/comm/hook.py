@@ -123,6 +123,7 @@ def attach(
     state = Compression(parameters, taken.rules, settings, schedule, fuse_below=fuse_below, scale=scale, rates=rates)
     if isinstance(density, str):
         state.density = _within_budget(state, schedule, fewer_bytes, exchange_s)
+        state.measured_for = exchange_s
     for name, buffer in taken.momentum_buffers.items():
         state.residuals[name].u.copy_(flat_like(buffer, parameters[name]))
     if register:

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -84,6 +84,7 @@ class Compression:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scale = scale
         self._pass: _Pass | None = None
+        self.measured_for: float | None = None  # exchange_s: the density is what the link allowed at the start
         self._pays: dict[float, bool] = {}  # by density: whether sparse messages are smaller than dense ones
         self.step = 0
         self.skipped_steps = 0
@@ -286,6 +287,7 @@ class Compression:
         transport = self.settings.transport
         return {
             "residuals": residuals,
+            "density": (self.density.density, *self._measured) if self.measured_for else None,
             "rules": takeover.to_save({name: residual.rule for name, residual in self.residuals.items()}),
             "step": self.step,
             "rank": transport.rank,
@@ -336,11 +338,20 @@ class Compression:
         for name, entry in saved.items():
             u = self._flat(entry["u"], name) if "u" in entry else torch.zeros(0)
             self.residuals[name].load(u, self._flat(entry["v"], name), entry["settled"])
+        found = state.get("density")
+        if self.measured_for and found and tuple(found[1:]) == self._measured:
+            self.density = replace(self.density, density=found[0])
+            self._pays.clear()
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         transport.sent_bytes = state["sent_bytes"]
         self.dense_bytes = state["dense_bytes"]
+
+    @property
+    def _measured(self) -> tuple[float | None, int]:
+        """What a measured density holds for: with another budget, or resized, it is measured anew."""
+        return (self.measured_for, self.settings.transport.num_ranks)
 
     def _shaped(self, values: Tensor, name: str) -> Tensor:
         """A residual's values in the shape of the parameter; a piece of it stays flat."""

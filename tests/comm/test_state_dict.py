@@ -12,6 +12,9 @@ from harness.training import SGD, Worker, mlp, residuals, same, worker
 from torch import nn
 
 import distrobust
+from distrobust.comm import link
+from distrobust.comm.link import Link
+from distrobust.comm.transport import Transport
 from distrobust.errors import CheckpointError
 
 pytestmark = pytest.mark.ranks
@@ -191,3 +194,39 @@ def test_a_state_of_before_rules_were_saved_is_loaded() -> None:
         assert same(residuals(first.state), residuals(second.state))
 
     run_ranks(1, body)
+
+
+def test_a_density_found_on_the_link_is_kept_by_the_run_that_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first start measures 30 kB/s, all later ones 10 kB/s."""
+    measured: dict[int, int] = {}  # by rank, whose threads share the patch
+
+    def measure(transport: Transport, device: torch.device) -> Link:
+        measured[transport.rank] = measured.get(transport.rank, 0) + 1
+        return Link(30_000.0 if measured[transport.rank] == 1 else 10_000.0, 0.0)
+
+    monkeypatch.setattr(link, "measure", measure)
+
+    def body(rank: Rank) -> None:
+        def make(**options: Any) -> Worker:
+            return worker(rank, **{"density": "auto", "exchange_s": 0.1, **options})
+
+        first, second = make(), make()
+        assert second.state.density_at(0) < first.state.density_at(0) < 1.0
+        first.step(0)
+        state = through_a_file(first.state.state_dict())
+        second.ddp.module.load_state_dict(first.ddp.module.state_dict())
+        second.state.load_state_dict(state)
+        for one in (first, second):
+            one.step(1)
+        assert same(first.parameters(), second.parameters())
+        assert same(residuals(first.state), residuals(second.state))
+
+        one_rank = {**state, "density": (state["density"][0], 0.1, 1)}  # as resize() leaves it
+        older = {key: value for key, value in state.items() if key != "density"}
+        for other, options in ((one_rank, {}), (older, {}), (state, {"exchange_s": 0.2}), (state, {"density": 0.02})):
+            third = make(**{"exchange_s": None if "density" in options else 0.1, **options})
+            found = third.state.density
+            third.state.load_state_dict(other)
+            assert third.state.density == found
+
+    run_ranks(2, body)
