@@ -71,6 +71,9 @@ def compress(
         fuse_below: tensors with fewer elements are selected together (2048).
         scaler: a torch.amp.GradScaler; the residual is then stored unscaled.
 
+    One exchanged backward a step: accumulate under `with model.no_sync():` for all but the last micro-batch. A training
+    forward while an exchanged gradient is neither stepped on nor cleared raises ConfigError.
+
     Returns the state to save beside the model: `state_dict()`, `load_state_dict()`, `sent_bytes`, `skipped`.
     Raises ConfigError for impossible values and for optimizers it cannot take momentum from. Deep Gradient Compression,
     Lin et al., ICLR 2018; differences from the paper are listed in the README.

@@ -128,7 +128,11 @@ def attach(
         state.residuals[name].u.copy_(flat_like(buffer, parameters[name]))
     if register:
         model.register_comm_hook(state, compression_hook)
-    takeover.complete_(optimizers, taken, momentum == "residual", [state.drop_gradients_if_skipped, state.step_back])
+    acts = [state.drop_gradients_if_skipped, state.step_back, state.spend]
+    takeover.complete_(optimizers, taken, momentum == "residual", acts)
+    model.register_forward_pre_hook(
+        lambda module, _: state.refuse_unspent_gradients() if module.training and torch.is_grad_enabled() else None
+    )
     if step_ahead:
         model.register_forward_pre_hook(lambda module, _: state.step_ahead() if module.training else state.step_back())
     return state

@@ -34,7 +34,7 @@ from distrobust.compression.density import Schedule
 from distrobust.compression.memory import Residual, Rule
 from distrobust.compression.message import Layout
 from distrobust.compression.select import num_selected
-from distrobust.errors import CheckpointError, CommError, DistrobustError
+from distrobust.errors import CheckpointError, CommError, ConfigError, DistrobustError
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class Compression:
         self._pass: _Pass | None = None
         self.measured_for: float | None = None  # exchange_s: the density is what the link allowed at the start
         self._pays: dict[float, bool] = {}  # by density: whether sparse messages are smaller than dense ones
+        self._is_unspent = False  # the last mean was handed over and no optimizer has made a step since
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -224,6 +225,7 @@ class Compression:
             _log.warning("step %d: non-finite gradient on some rank, step skipped on all", current.step.number)
             return
         self.skipped_in_a_row = 0
+        self._is_unspent = True
         scale = current.step.scale
         fused = self._split_fused(current, results[-1][1])
         for bucket, mean in results:
@@ -266,6 +268,27 @@ class Compression:
         if self.skipped:
             for parameter in self.parameters.values():
                 parameter.grad = None
+
+    def spend(self) -> None:
+        """An optimizer steps on the gradients; a hook on its step calls this."""
+        self._is_unspent = False
+
+    def refuse_unspent_gradients(self) -> None:
+        """Raises ConfigError if the next backward would add to a mean that has been exchanged; forward calls this.
+
+        The hook would be handed that sum as one gradient, and momentum act on the mean twice. Gradients that are not
+        finite are those of a step a GradScaler skipped, and the exchange will drop them too.
+        """
+        if not self._is_unspent:
+            return
+        left = sum(float(p.grad.abs().sum(dtype=torch.float32)) for p in self.parameters.values() if p.grad is not None)
+        if 0.0 < left < math.inf:
+            raise ConfigError(
+                "compress: the gradients of the last backward() are neither stepped on nor cleared, and the next one "
+                "would exchange them again: accumulate under `with model.no_sync():` for all but the last micro-batch, "
+                "or call zero_grad() before the forward"
+            )
+        self._is_unspent = False
 
     def residual_norm_ratio(self) -> float:
         """||v|| over all parameters divided by the norm of the mean just applied (the parameters' .grad)."""
