@@ -53,9 +53,10 @@ def compress(
     Options:
         num_steps: length of the run in optimizer steps; without it there is no warm-up and no denser end.
         fewer_bytes: with density "auto", how many times fewer bytes than dense the whole run shall send.
-        exchange_s: with density "auto" instead, seconds a step may spend sending, on the link as measured now.
-        step_ahead: compute each rank's gradient where its own unsent update will lead, without warm-up and masking
-            (False).
+        exchange_s: with density "auto" instead, seconds a step may spend sending, on the link as measured now; a run
+            that continues with as many ranks keeps the density it had.
+        step_ahead: compute each rank's gradient where its own unsent update will lead, without warm-up and masking;
+            torch.optim.SGD only (False).
         warmup: share of the run spent on the paper's ladder of densities (0.2, or 0 with step_ahead).
         final_steps, final_density: the last steps of the run, sent at that density (0, 1.0).
         values: "fp32", "fp16", "bf16", "int8", "4bit", "2bit" or "sign" on the wire ("4bit"); rounding stays in the
@@ -69,6 +70,9 @@ def compress(
         clip: threshold of the global gradient norm, applied per tensor to clip/sqrt(N) before accumulation.
         fuse_below: tensors with fewer elements are selected together (2048).
         scaler: a torch.amp.GradScaler; the residual is then stored unscaled.
+
+    One exchanged backward a step: accumulate under `with model.no_sync():` for all but the last micro-batch. A training
+    forward while an exchanged gradient is neither stepped on nor cleared raises ConfigError.
 
     Returns the state to save beside the model: `state_dict()`, `load_state_dict()`, `sent_bytes`, `skipped`.
     Raises ConfigError for impossible values and for optimizers it cannot take momentum from. Deep Gradient Compression,

@@ -52,11 +52,15 @@ class Observer(Protocol):
     """Looks at every gradient before it is compressed; `width` numbers a parameter travel in the message.
 
     `wants_mean`: in dense phases it compares this rank's gradient with the mean, and one number a parameter travels in
-    a second hop; otherwise it observes the mean, and nothing travels.
+    a second hop, in steps that are due; otherwise it observes the mean, and nothing travels. `is_due`: the step under
+    way measures; the same on every rank, and unchanged until `commit`.
     """
 
     width: int
     wants_mean: bool
+
+    @property
+    def is_due(self) -> bool: ...
 
     def observe(self, name: str, gradient: Tensor) -> Tensor:
         """(width,) float32 for a gradient (n,), local in a sparse phase, the mean over ranks in a dense one."""
@@ -67,7 +71,7 @@ class Observer(Protocol):
         ...
 
     def commit(self, rows: dict[str, Tensor], is_local: bool) -> None:
-        """The step was taken. rows: (num_ranks, numbers) of every parameter, the same on all ranks."""
+        """The step was taken. rows: (num_ranks, numbers) of every parameter, the same on all ranks; none if not due."""
         ...
 
 

@@ -31,7 +31,8 @@ def dense(settings: Settings, step: Step, bucket: Bucket, verdict: Verdict) -> E
 
 def num_hops(settings: Settings, parts: list[Part]) -> int:
     """Two where an observer compares each rank's gradient with the mean and every rank gets the numbers of all."""
-    return 2 if settings.observer is not None and settings.observer.wants_mean and _is_settled(parts) else 1
+    observer = settings.observer
+    return 2 if observer is not None and observer.wants_mean and observer.is_due and _is_settled(parts) else 1
 
 
 def _is_settled(parts: list[Part]) -> bool:

@@ -37,7 +37,7 @@ from distrobust.comm.fsdp_layers import Layer, Piece
 from distrobust.comm.transport import Transport
 from distrobust.compression import codec, memory, message
 from distrobust.compression.codec import INDEX_CODES, VALUE_CODES, Code, Space
-from distrobust.compression.density import LADDER, Schedule
+from distrobust.compression.density import LADDER, Schedule, planned
 from distrobust.compression.memory import Residual
 from distrobust.compression.message import Layout
 from distrobust.compression.select import SELECTORS, Selector, num_selected
@@ -241,6 +241,7 @@ class ShardedCompression:
             residuals[name] = entry
         return {
             "residuals": residuals,
+            "rules": takeover.to_save({name: piece.residual.rule for name, piece in self.pieces.items()}),
             "place": self._place,
             "step": self.step,
             "skipped_steps": self.skipped_steps,
@@ -267,6 +268,7 @@ class ShardedCompression:
             raise CheckpointError(
                 f"residuals of another model: {len(differing)} parameters differ, first {differing[0]!r}"
             )
+        takeover.refuse_other_rules(state, {name: piece.residual.rule for name, piece in pieces.items()})
         for name, entry in saved.items():
             shape = fsdp_layers.local(pieces[name].parameter).shape
             if entry["v"].shape != shape or ("u" in entry) != bool(pieces[name].residual.rule.momentum):
@@ -315,7 +317,12 @@ def compress_sharded(
     for path, (value, names) in tables.items():
         if value not in names:
             raise ConfigError(f"compress.{path}: got {value!r}, wanted one of {', '.join(names)}")
-    schedule = Schedule(density, round(warmup * (num_steps or 0)), ladder)
+    schedule = planned(density, num_steps, warmup, ladder)
+    if takeover.noise_adaptive(optimizer) is not None:
+        raise ConfigError(
+            "compress_sharded: got an optimizer that measures gradient noise (NoiseAdaptive, Lanton) and needs whole "
+            "gradients; take another, or DistributedDataParallel and distrobust.compress"
+        )
     found = fsdp_layers.find(model)
     parameters = {name: parameter for _, _, named in found for name, parameter in named.items()}
     optimizers = takeover.unwrapped(optimizer)

@@ -22,7 +22,7 @@ from distrobust.comm.flat import flat_like
 from distrobust.comm.state import Compression
 from distrobust.comm.transport import Transport
 from distrobust.compression.codec import INDEX_CODES, VALUE_CODES, Code
-from distrobust.compression.density import LADDER, Schedule, for_budget
+from distrobust.compression.density import LADDER, Schedule, for_budget, planned
 from distrobust.compression.select import SELECTORS
 from distrobust.errors import ConfigError
 
@@ -76,8 +76,6 @@ def attach(
     _choose("compress.momentum", momentum, {"residual": None, "optimizer": None})
     warmup = (0.0 if step_ahead else 0.2) if warmup is None else warmup
     masking = not step_ahead if masking is None else masking
-    if not 0.0 <= warmup <= 1.0:
-        raise ConfigError(f"compress.warmup: got {warmup}, wanted a share of the run from 0 to 1")
     if clip is not None and not clip > 0.0:
         raise ConfigError(f"compress.clip: got {clip}, wanted a norm above 0, or None for no clipping")
     budgets = [value for value in (fewer_bytes, exchange_s) if value is not None and value > 0.0]
@@ -86,11 +84,8 @@ def attach(
             f"compress.density: got {density!r} with fewer_bytes={fewer_bytes} and exchange_s={exchange_s}; wanted a "
             "number, or 'auto' and one of the two budgets, above 0"
         )
-    steps = num_steps or 0
     first = density if not isinstance(density, str) else 1e-6
-    schedule = Schedule(first, round(warmup * steps), ladder, steps, final_steps, final_density)
-    if num_steps is None and warmup and first < ladder[0]:
-        _log.warning("compress: no warm-up, because the length of the run is unknown; pass num_steps=")
+    schedule = planned(first, num_steps, warmup, ladder, final_steps, final_density)
     ignored = model.parameters_to_ignore
     parameters = {
         name: parameter
@@ -99,6 +94,8 @@ def attach(
     }
     _refuse_gradients_that_are_no_float_vectors(model.module, parameters)
     optimizers = takeover.unwrapped(optimizer)
+    if step_ahead and momentum == "optimizer":
+        _refuse_all_but_sgd_ahead(optimizers)
     if momentum == "residual":
         taken = takeover.take_over(optimizers, parameters, masking=masking, clip=clip)
     else:
@@ -127,11 +124,16 @@ def attach(
     state = Compression(parameters, taken.rules, settings, schedule, fuse_below=fuse_below, scale=scale, rates=rates)
     if isinstance(density, str):
         state.density = _within_budget(state, schedule, fewer_bytes, exchange_s)
+        state.measured_for = exchange_s
     for name, buffer in taken.momentum_buffers.items():
         state.residuals[name].u.copy_(flat_like(buffer, parameters[name]))
     if register:
         model.register_comm_hook(state, compression_hook)
-    takeover.complete_(optimizers, taken, momentum == "residual", [state.drop_gradients_if_skipped, state.step_back])
+    acts = [state.drop_gradients_if_skipped, state.step_back, state.spend]
+    takeover.complete_(optimizers, taken, momentum == "residual", acts)
+    model.register_forward_pre_hook(
+        lambda module, _: state.refuse_unspent_gradients() if module.training and torch.is_grad_enabled() else None
+    )
     if step_ahead:
         model.register_forward_pre_hook(lambda module, _: state.step_ahead() if module.training else state.step_back())
     return state
@@ -184,6 +186,15 @@ def _refuse_combinations(chosen: choice.Choice, step_ahead: bool, adapts: bool, 
             "noise: a worker sees only a piece of each gradient in a hierarchical exchange; set compress.exchange to "
             "all_gather or sharded, or noise to null"
         )
+
+
+def _refuse_all_but_sgd_ahead(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for one in optimizers:
+        if type(one) is not torch.optim.SGD:
+            raise ConfigError(
+                f"compress.step_ahead: got optimizer {type(one).__name__}, wanted torch.optim.SGD, whose pending "
+                "update alone is its rate times the residual; leave step_ahead off"
+            )
 
 
 def _rates_of(

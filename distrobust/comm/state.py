@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn import Parameter
 
-from distrobust.comm import dense
+from distrobust.comm import dense, takeover
 from distrobust.comm.ahead import StepAhead
 from distrobust.comm.bucket import Bucket, Exchange, Mean, Settings, Step, Verdict
 from distrobust.comm.exchange import EXCHANGES
@@ -35,7 +35,7 @@ from distrobust.compression.density import Schedule
 from distrobust.compression.memory import Residual, Rule
 from distrobust.compression.message import Layout
 from distrobust.compression.select import num_selected
-from distrobust.errors import CheckpointError, CommError, DistrobustError
+from distrobust.errors import CheckpointError, CommError, ConfigError, DistrobustError
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,9 @@ class Compression:
         self._scale = scale
         self._pass: _Pass | None = None
         self._stays_ahead = False
+        self.measured_for: float | None = None  # exchange_s: the density is what the link allowed at the start
         self._pays: dict[float, bool] = {}  # by density: whether sparse messages are smaller than dense ones
+        self._is_unspent = False  # the last mean was handed over and no optimizer has made a step since
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -226,6 +228,7 @@ class Compression:
             _log.warning("step %d: non-finite gradient on some rank, step skipped on all", current.step.number)
             return
         self.skipped_in_a_row = 0
+        self._is_unspent = True
         scale = current.step.scale
         fused = self._split_fused(current, results[-1][1])
         for bucket, mean in results:
@@ -282,6 +285,27 @@ class Compression:
             for parameter in self.parameters.values():
                 parameter.grad = None
 
+    def spend(self) -> None:
+        """An optimizer steps on the gradients; a hook on its step calls this."""
+        self._is_unspent = False
+
+    def refuse_unspent_gradients(self) -> None:
+        """Raises ConfigError if the next backward would add to a mean that has been exchanged; forward calls this.
+
+        The hook would be handed that sum as one gradient, and momentum act on the mean twice. Gradients that are not
+        finite are those of a step a GradScaler skipped, and the exchange will drop them too.
+        """
+        if not self._is_unspent:
+            return
+        left = sum(float(p.grad.abs().sum(dtype=torch.float32)) for p in self.parameters.values() if p.grad is not None)
+        if 0.0 < left < math.inf:
+            raise ConfigError(
+                "compress: the gradients of the last backward() are neither stepped on nor cleared, and the next one "
+                "would exchange them again: accumulate under `with model.no_sync():` for all but the last micro-batch, "
+                "or call zero_grad() before the forward"
+            )
+        self._is_unspent = False
+
     def residual_norm_ratio(self) -> float:
         """||v|| over all parameters divided by the norm of the mean just applied (the parameters' .grad)."""
         kept = sum(float(torch.linalg.vector_norm(r.v)) ** 2 for r in self.residuals.values())
@@ -302,6 +326,8 @@ class Compression:
         transport = self.settings.transport
         return {
             "residuals": residuals,
+            "density": (self.density.density, *self._measured) if self.measured_for else None,
+            "rules": takeover.to_save({name: residual.rule for name, residual in self.residuals.items()}),
             "step": self.step,
             "rank": transport.rank,
             "num_ranks": transport.num_ranks,
@@ -336,6 +362,7 @@ class Compression:
             raise CheckpointError(
                 f"residuals of another model: {len(differing)} parameters differ, first {differing[0]!r}"
             )
+        takeover.refuse_other_rules(state, {name: residual.rule for name, residual in self.residuals.items()})
         for name, entry in saved.items():
             wanted = self._shaped(self.residuals[name].v, name).shape
             if entry["v"].shape != wanted:
@@ -350,11 +377,20 @@ class Compression:
         for name, entry in saved.items():
             u = self._flat(entry["u"], name) if "u" in entry else torch.zeros(0)
             self.residuals[name].load(u, self._flat(entry["v"], name), entry["settled"])
+        found = state.get("density")
+        if self.measured_for and found and tuple(found[1:]) == self._measured:
+            self.density = replace(self.density, density=found[0])
+            self._pays.clear()
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         transport.sent_bytes = state["sent_bytes"]
         self.dense_bytes = state["dense_bytes"]
+
+    @property
+    def _measured(self) -> tuple[float | None, int]:
+        """What a measured density holds for: with another budget, or resized, it is measured anew."""
+        return (self.measured_for, self.settings.transport.num_ranks)
 
     def _shaped(self, values: Tensor, name: str) -> Tensor:
         """A residual's values in the shape of the parameter; a piece of it stays flat."""

@@ -8,11 +8,14 @@ The last steps may be denser (not in the paper): what is in the residual when a 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from distrobust.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 LADDER = (0.25, 0.0625, 0.015625, 0.004, 0.001)
 
@@ -48,6 +51,24 @@ class Schedule:
         if not rungs or step >= self.warmup_steps:
             return self.density
         return rungs[step * len(rungs) // self.warmup_steps]
+
+
+def planned(
+    density: float,
+    num_steps: int | None,
+    warmup: float,
+    ladder: tuple[float, ...] = LADDER,
+    final_steps: int = 0,
+    final_density: float = 1.0,
+) -> Schedule:
+    """warmup: share of the run. A run of unknown length has no warm-up, which is logged, and no end. ConfigError."""
+    if not 0.0 <= warmup <= 1.0:
+        raise ConfigError(f"compress.warmup: got {warmup}, wanted a share of the run from 0 to 1")
+    steps = num_steps or 0
+    schedule = Schedule(density, round(warmup * steps), ladder, steps, final_steps, final_density)
+    if num_steps is None and warmup and any(rung > density for rung in ladder):
+        _log.warning("compress: no warm-up, because the length of the run is unknown; pass num_steps=")
+    return schedule
 
 
 def for_budget(schedule: Schedule, budget_bytes: float, step_bytes: Callable[[float], int]) -> Schedule:

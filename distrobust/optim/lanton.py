@@ -65,19 +65,17 @@ class Lanton(Optimizer):
         adjust_lr_fn: str | None = "match_rms_adamw",
         overrides: Mapping[str, str] | None = None,
     ) -> None:
-        _check(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        check_alpha(alpha)
-        if noise not in NOISES:
-            raise ConfigError(f"Lanton noise: got {noise!r}, wanted one of {', '.join(NOISES)}")
-        if adjust_lr_fn not in (None, "match_rms_adamw"):
-            raise ConfigError(f"Lanton adjust_lr_fn: got {adjust_lr_fn!r}, wanted 'match_rms_adamw' or None")
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "alpha": alpha, "weight_decay": weight_decay}
         defaults |= {"norm": None, "adjust_lr_fn": adjust_lr_fn}
+        _check(defaults, "Lanton")
+        if noise not in NOISES:
+            raise ConfigError(f"Lanton noise: got {noise!r}, wanted one of {', '.join(NOISES)}")
         super().__init__(_groups_of(params, overrides) if isinstance(params, nn.Module) else params, defaults)
         self._names: list[list[str]] = []  # beside the groups, not in them: a checkpoint may use others
         named: dict[str, Tensor] = {}
         by_name: dict[str, norms.Norm] = {}
         for number, group in enumerate(self.param_groups):
+            _check(group, f"Lanton, group {number},")
             names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
             self._names.append(list(names))
             for name, parameter in zip(names, group["params"], strict=True):
@@ -227,8 +225,11 @@ def _groups_of(model: nn.Module, overrides: Mapping[str, str] | None) -> list[di
     ]
 
 
-def _check(**numbers: float) -> None:
-    for name, value in numbers.items():
-        below = 1.0 if name == "momentum" else math.inf
-        if not 0.0 <= value < below:
-            raise ConfigError(f"Lanton {name}: got {value}, wanted a number from 0 to below {below:g}")
+def _check(options: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for an impossible value among the options of a group."""
+    for name, below in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
+        if not 0.0 <= options[name] < below:
+            raise ConfigError(f"{where} {name}: got {options[name]}, wanted a number from 0 to below {below:g}")
+    check_alpha(options["alpha"], f"{where} alpha")
+    if options["adjust_lr_fn"] not in (None, "match_rms_adamw"):
+        raise ConfigError(f"{where} adjust_lr_fn: got {options['adjust_lr_fn']!r}, wanted 'match_rms_adamw' or None")

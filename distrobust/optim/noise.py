@@ -40,9 +40,9 @@ from distrobust.optim.projection import Projection
 class Noise(ABC):
     """H by parameter. `width`: float32 numbers a parameter in a message. `wants_mean`: see `compare`.
 
-    As an observer of an exchange: `observe` or `compare` every gradient, `commit` if the step happens. every: norms are
-    taken in one of so many steps, and averaged over as many: H <- b2^every H + (1 - b2^every) ...; NaN travels in the
-    others, and says nothing.
+    As an observer of an exchange: `observe` every gradient, or `compare` it in a step that `is_due`; `commit` if the
+    step happens. every: norms are taken in one of so many steps, and averaged over as many:
+    H <- b2^every H + (1 - b2^every) ...; what `observe` finds in the others is NaN, and says nothing.
     """
 
     width = 1
@@ -83,8 +83,6 @@ class Noise(ABC):
 
     def compare(self, name: str, gradient: Tensor, mean: Tensor) -> Tensor:
         """(1,) float32 ||gradient - mean||_*^2 to send, of a worker's own (n,) and the mean, where that is wanted."""
-        if not self._is_due:
-            return gradient.new_full((1,), math.nan, dtype=torch.float32)
         difference = self._shaped(gradient.to(torch.float32) - mean.to(torch.float32), name)
         return self._squares({name: difference})[name].float().view(1)
 
@@ -93,12 +91,13 @@ class Noise(ABC):
         """The step happens. rows: (num_ranks, numbers), what every rank observed (`is_local`), or all of the mean."""
 
     @property
-    def _is_due(self) -> bool:
+    def is_due(self) -> bool:
+        """The step under way measures."""
         return self._since + 1 >= self.every
 
     def _count(self) -> None:
         """A step happened."""
-        self._since = 0 if self._is_due else self._since + 1
+        self._since = 0 if self.is_due else self._since + 1
 
     def take(self, squares: Mapping[str, Tensor], beta2: float) -> None:
         """Takes squared dual norms of differences into H; what is not finite says nothing."""
@@ -158,7 +157,7 @@ class TemporalNoise(Noise):
         """||gradient - previous||_*^2; NaN when there is no previous one."""
         found = torch.full((1,), math.nan, device=gradient.device)
         current = self._shaped(gradient.detach(), name)
-        if self._is_due and name in self._previous:
+        if self.is_due and name in self._previous:
             difference = current.to(torch.float32) - self._previous[name]
             found = self._squares({name: difference})[name].to(torch.float32).view(1)
         if self._is_last_before:
@@ -179,9 +178,11 @@ class TemporalNoise(Noise):
             self.take(squares, self.beta2**self.every)
 
     def measure(self, gradients: Mapping[str, Tensor]) -> None:
-        """All of a step's gradients at once, in their parameters' shapes, by an optimizer about to apply them."""
-        if self._is_due:
+        """All of a step's gradients at once, in their parameters' shapes, by an optimizer about to apply them: means,
+        which are not compared with what an exchange kept of local ones."""
+        if self.is_due and not self._was_local:
             self._compare(gradients)
+        self._was_local = False
         if self._is_last_before:
             self.keep(gradients)
         self._count()

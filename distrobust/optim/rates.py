@@ -27,10 +27,10 @@ def rate_ratios(noise: Tensor, groups: Tensor, alpha: float) -> Tensor:
     return torch.sqrt(a / largest[groups]).nan_to_num(1.0)
 
 
-def check_alpha(alpha: float) -> None:
+def check_alpha(alpha: float, path: str = "noise.alpha") -> None:
     """Raises ConfigError unless alpha is finite and above 0."""
     if not (math.isfinite(alpha) and alpha > 0.0):
-        raise ConfigError(f"noise.alpha: got {alpha}, wanted a finite number above 0, in units of a gradient's norm")
+        raise ConfigError(f"{path}: got {alpha}, wanted a finite number above 0, in units of a gradient's norm")
 
 
 def mean_by_layer(ratios: Mapping[str, float]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """FSDP2's hybrid sharding on 2 machines of 2 ranks, in real processes, against an unsharded run written out here."""
 
+import logging
 import math
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor, Shard
 from distrobust.comm.fsdp import ShardedCompression, compress_sharded
 from distrobust.compression.density import Schedule
 from distrobust.errors import CheckpointError, ConfigError
+from distrobust.optim.adaptive import NoiseAdaptive
+from distrobust.optim.lanton import Lanton
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(180)]
 MACHINES, SHARDS, STEPS, RATE, DENSITY, FUSE_BELOW = 2, 2, 6, 0.05, 0.05, 100
@@ -182,6 +185,8 @@ def a_loaded_state_continues_bit_identically_and_another_place_is_refused(rank: 
     assert equal(second.residuals(), whole.residuals())
     with pytest.raises(CheckpointError, match=r"residual of machine 7 of 2, shard \d of 2, this is machine"):
         second.state.load_state_dict({**saved, "place": (7, *saved["place"][1:])})
+    with pytest.raises(CheckpointError, match=r"saved with momentum 0.9, .*decay 0.2, this run has .*decay 0.01"):
+        second.state.load_state_dict({**saved, "rules": {"0.weight": (0.9, False, 0.2)}})
     saved["residuals"]["0.weight"]["v"] = torch.zeros(3)
     with pytest.raises(CheckpointError, match=r"residual of '0.weight': got shape \(3,\)"):
         second.state.load_state_dict(saved)
@@ -270,10 +275,10 @@ def adamw_keeps_its_moments_with_plain_error_feedback(rank: int, mesh: Any) -> N
 def what_cannot_be_right_is_refused(rank: int, mesh: Any) -> None:
     machines = mesh["machine"].get_group()
 
-    def refused(match: str, model: nn.Module) -> None:
+    def refused(match: str, model: nn.Module, **options: Any) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         with pytest.raises(ConfigError, match=match):
-            compress_sharded(model, optimizer, machines)  # type: ignore[arg-type]
+            compress_sharded(model, optimizer, machines, **options)  # type: ignore[arg-type]
         assert optimizer.param_groups[0]["momentum"] == 0.9
 
     refused("got a Sequential, wanted a model passed through fully_shard", net())
@@ -283,6 +288,26 @@ def what_cannot_be_right_is_refused(rank: int, mesh: Any) -> None:
     part = net()
     fully_shard(part[0], mesh=mesh["shard"])
     refused("got a Sequential", part)
+    for warmup in (-0.1, 1.5, math.nan):
+        refused(
+            rf"compress.warmup: got {warmup}, wanted a share of", fully_shard(net(), mesh=mesh["shard"]), warmup=warmup
+        )
+    sharded = fully_shard(net(), mesh=mesh["shard"])
+    for measuring in (Lanton(sharded), NoiseAdaptive(torch.optim.SGD(sharded.parameters()), sharded)):
+        with pytest.raises(ConfigError, match=r"an optimizer that measures gradient noise .* needs whole grad"):
+            compress_sharded(sharded, measuring, machines, momentum="optimizer")
+
+
+def a_run_of_unknown_length_says_that_it_does_not_warm_up(rank: int, mesh: Any) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("distrobust").addHandler(handler)
+    Run(rank, mesh, DENSITY, {}, num_steps=10)
+    Run(rank, mesh, DENSITY, {}, warmup=0.0)
+    assert lines == []
+    Run(rank, mesh, DENSITY, {})
+    assert lines == ["compress: no warm-up, because the length of the run is unknown; pass num_steps="]
 
 
 LAWS: list[Callable[[int, Any], None]] = [
@@ -295,6 +320,7 @@ LAWS: list[Callable[[int, Any], None]] = [
     shards_along_another_dimension_and_bf16_train_alike_on_all_machines,
     adamw_keeps_its_moments_with_plain_error_feedback,
     what_cannot_be_right_is_refused,
+    a_run_of_unknown_length_says_that_it_does_not_warm_up,
 ]
 
 

@@ -54,7 +54,7 @@ def true_spread(net: nn.Module, step: int, num_ranks: int) -> dict[str, float]:
 class Watching:
     """Stands in for an optimizer with an observer of its own."""
 
-    wants_mean, width = False, 2
+    wants_mean, width, is_due = False, 2, True
 
     def __init__(self, inner: torch.optim.Optimizer, rank: int, wants_mean: bool) -> None:
         self.optimizers, self.ratios, self.rank, self.wants_mean = [inner], dict[str, float](), rank, wants_mean
@@ -114,6 +114,27 @@ def test_in_dense_phases_the_mean_is_observed_or_every_rank_compares_with_it() -
         for name, row in rows.items():
             sums = torch.stack([g[name].sum() for g in local])
             torch.testing.assert_close(row.view(-1).double(), sums - sums.mean(), rtol=1e-4, atol=1e-5)
+
+    run_ranks(3, body)
+
+
+def test_a_dense_step_that_does_not_measure_sends_the_gradient_and_nothing_else() -> None:
+    """By the bytes; and H is that of the step that measured last."""
+
+    def body(rank: Rank) -> None:
+        net = seeded(mlp)
+        ddp = DistributedDataParallel(net, process_group=rank.group)
+        optimizer = Lanton(net, 0.01, beta2=0.0, noise_every=3, overrides=dict.fromkeys(["*"], "frobenius"))
+        compression = distrobust.compress(ddp, optimizer, 1.0, momentum="optimizer")
+        ours, sent, dense_bytes = Worker(ddp, optimizer, compression, rank.rank), [0], [0]
+        for step in range(6):
+            expected = true_spread(net, step, 3) if step % 3 == 2 else noise_of(ours)
+            ours.step(step)
+            assert noise_of(ours) == pytest.approx(expected, rel=1e-4)
+            sent.append(compression.sent_bytes)
+            dense_bytes.append(compression.dense_bytes)
+        extra = [b - a - (d - c) for a, b, c, d in zip(sent, sent[1:], dense_bytes, dense_bytes[1:], strict=False)]
+        assert [more > 0 for more in extra] == [False, False, True] * 2
 
     run_ranks(3, body)
 

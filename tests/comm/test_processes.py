@@ -59,6 +59,7 @@ def train_and_measure(rank: int, pipe: Connection) -> None:
         dist.barrier()
         counted, on_the_wire = large.state.sent_bytes, tcp_bytes_sent()
         for _ in range(3):
+            large.ddp.zero_grad()
             large.ddp(gradient).backward()
         dist.barrier()  # what was sent has been received, if perhaps not acknowledged
         deadline = time.monotonic() + 5

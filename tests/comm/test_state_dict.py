@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 from harness.ranks import Rank, run_ranks
-from harness.training import Worker, mlp, residuals, same, worker
+from harness.training import SGD, Worker, mlp, residuals, same, worker
 from torch import nn
 
+import distrobust
+from distrobust.comm import link
+from distrobust.comm.link import Link
+from distrobust.comm.transport import Transport
 from distrobust.errors import CheckpointError
 
 pytestmark = pytest.mark.ranks
@@ -101,6 +105,11 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda state: state["residuals"]["4.bias"].pop("u"),
         "residual of '4.bias': saved without momentum, this run is with it",
     ),
+    "another weight decay": (
+        lambda state: state["rules"].update({"4.bias": (0.9, False, 0.1)}),
+        "residual of '4.bias': saved with momentum 0.9, nesterov False, weight decay 0.1, this run has momentum 0.9, "
+        r"nesterov False, weight decay 0.0005: call compress\(\) on a fresh optimizer, then load the states of both",
+    ),
     "something else": (lambda state: state.clear(), r"not what Compression.state_dict\(\) returned"),
 }
 
@@ -155,3 +164,69 @@ def test_the_saved_state_is_not_changed_by_loading_or_training_on() -> None:
             assert torch.equal(entry["u"], saved["residuals"][name]["u"])
 
     run_ranks(1, body)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_an_optimizer_that_was_loaded_before_compress_is_refused_since_it_has_lost_its_weight_decay(
+    momentum: float,
+) -> None:
+    def body(rank: Rank) -> None:
+        ours = worker(rank, sgd={**SGD, "momentum": momentum})
+        ours.step(0)
+        optimizer, state = ours.optimizer.state_dict(), through_a_file(ours.state.state_dict())
+        late = worker(rank, density=None, sgd={**SGD, "momentum": momentum})
+        late.optimizer.load_state_dict(optimizer)
+        compression = distrobust.compress(late.ddp, late.optimizer)
+        with pytest.raises(CheckpointError, match=r"weight decay 0.0005, this run has .*weight decay 0.0:"):
+            compression.load_state_dict(state)
+        assert compression.step == 0
+
+    run_ranks(1, body)
+
+
+def test_a_state_of_before_rules_were_saved_is_loaded() -> None:
+    def body(rank: Rank) -> None:
+        first, second = worker(rank), worker(rank)
+        first.step(0)
+        state = first.state.state_dict()
+        del state["rules"]
+        second.state.load_state_dict(state)
+        assert same(residuals(first.state), residuals(second.state))
+
+    run_ranks(1, body)
+
+
+def test_a_density_found_on_the_link_is_kept_by_the_run_that_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first start measures 30 kB/s, all later ones 10 kB/s."""
+    measured: dict[int, int] = {}  # by rank, whose threads share the patch
+
+    def measure(transport: Transport, device: torch.device) -> Link:
+        measured[transport.rank] = measured.get(transport.rank, 0) + 1
+        return Link(30_000.0 if measured[transport.rank] == 1 else 10_000.0, 0.0)
+
+    monkeypatch.setattr(link, "measure", measure)
+
+    def body(rank: Rank) -> None:
+        def make(**options: Any) -> Worker:
+            return worker(rank, **{"density": "auto", "exchange_s": 0.1, **options})
+
+        first, second = make(), make()
+        assert second.state.density_at(0) < first.state.density_at(0) < 1.0
+        first.step(0)
+        state = through_a_file(first.state.state_dict())
+        second.ddp.module.load_state_dict(first.ddp.module.state_dict())
+        second.state.load_state_dict(state)
+        for one in (first, second):
+            one.step(1)
+        assert same(first.parameters(), second.parameters())
+        assert same(residuals(first.state), residuals(second.state))
+
+        one_rank = {**state, "density": (state["density"][0], 0.1, 1)}  # as resize() leaves it
+        older = {key: value for key, value in state.items() if key != "density"}
+        for other, options in ((one_rank, {}), (older, {}), (state, {"exchange_s": 0.2}), (state, {"density": 0.02})):
+            third = make(**{"exchange_s": None if "density" in options else 0.1, **options})
+            found = third.state.density
+            third.state.load_state_dict(other)
+            assert third.state.density == found
+
+    run_ranks(2, body)

@@ -7,9 +7,12 @@ import torch
 from harness.ranks import Rank, run_ranks
 from harness.training import SGD, Worker, batch, mlp, residuals, same, seeded, worker
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+import distrobust
 from distrobust.compression.select import num_selected
 from distrobust.errors import ConfigError
+from distrobust.optim.adaptive import NoiseAdaptive
 
 pytestmark = pytest.mark.ranks
 DENSITY, STEPS = 0.05, 6
@@ -152,5 +155,30 @@ def test_a_sharded_exchange_is_refused() -> None:
     def body(rank: Rank) -> None:
         with pytest.raises(ConfigError, match=r"step_ahead: .*must be its own.*all_gather"):
             worker(rank, exchange="sharded", **AHEAD)
+
+    run_ranks(2, body)
+
+
+def test_an_optimizer_whose_update_is_not_the_rate_times_the_residual_is_refused() -> None:
+    class MySgd(torch.optim.SGD):
+        """Its step may do anything."""
+
+    def body(rank: Rank) -> None:
+        for kind in (torch.optim.AdamW, MySgd):
+            with pytest.raises(
+                ConfigError, match=rf"step_ahead: got optimizer {kind.__name__}, wanted torch.optim.SGD"
+            ):
+                worker(rank, optimizer=lambda p, kind=kind: kind(p, lr=0.01), momentum="optimizer", **AHEAD)
+        worker(rank, momentum="optimizer", **AHEAD).step(0)
+
+    run_ranks(2, body)
+
+
+def test_sgd_at_rates_that_follow_the_noise_steps_ahead() -> None:
+    def body(rank: Rank) -> None:
+        net = seeded(mlp)
+        ddp = DistributedDataParallel(net, process_group=rank.group)
+        optimizer = NoiseAdaptive(torch.optim.SGD(net.parameters(), lr=0.1), ddp)
+        distrobust.compress(ddp, optimizer, momentum="optimizer", **AHEAD)
 
     run_ranks(2, body)

@@ -227,7 +227,7 @@ def test_in_an_exchange_it_measures_the_spread_if_the_mean_is_known_and_nothing_
         ({"lr": -1.0}, "Lanton lr: got -1.0, wanted a number from 0"),
         ({"momentum": 1.0}, "Lanton momentum: got 1.0, wanted a number from 0 to below 1"),
         ({"weight_decay": math.nan}, "Lanton weight_decay: got nan"),
-        ({"alpha": 0.0}, "noise.alpha: got 0.0, wanted a finite number above 0"),
+        ({"alpha": 0.0}, "Lanton alpha: got 0.0, wanted a finite number above 0"),
         ({"beta2": 1.0}, "noise.beta2: got 1.0"),
         ({"noise_every": 0}, "noise_every: got 0, wanted a number of steps, 1 or more"),
         ({"adjust_lr_fn": "original"}, "Lanton adjust_lr_fn: got 'original', wanted 'match_rms_adamw' or None"),
@@ -237,6 +237,27 @@ def test_in_an_exchange_it_measures_the_spread_if_the_mean_is_known_and_nothing_
 def test_impossible_options_are_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError) as error:
         Lanton(model(), **options)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lr": -1.0}, "Lanton, group 1, lr: got -1.0, wanted a number from 0"),
+        ({"momentum": 1.0}, "Lanton, group 1, momentum: got 1.0, wanted a number from 0 to below 1"),
+        ({"weight_decay": math.nan}, "Lanton, group 1, weight_decay: got nan"),
+        ({"alpha": 0.0}, "Lanton, group 1, alpha: got 0.0, wanted a finite number above 0"),
+        (
+            {"adjust_lr_fn": "original"},
+            "Lanton, group 1, adjust_lr_fn: got 'original', wanted 'match_rms_adamw' or None",
+        ),
+    ],
+)
+def test_impossible_options_of_one_group_are_refused(options: dict[str, Any], text: str) -> None:
+    first, second = nn.Linear(3, 2).parameters(), nn.Linear(3, 2).parameters()
+    groups = [{"params": first, "norm": "frobenius"}, {"params": second, "norm": "frobenius", **options}]
+    with pytest.raises(ConfigError) as error:
+        Lanton(groups)
     assert text in str(error.value)
 
 

@@ -125,10 +125,10 @@ def test_a_spread_taken_every_few_steps_averages_over_as_many_steps() -> None:
     for step in range(6):
         local = [gradient(2 * step), gradient(2 * step + 1)]
         mean = (local[0] + local[1]) / 2
-        numbers = torch.stack([noise.compare("w", g, mean) for g in local])
-        assert bool(torch.isnan(numbers).all()) == (step % 3 != 2)
-        noise.commit({"w": numbers}, is_local=False)
-        if step % 3 == 2:
+        assert noise.is_due == (step % 3 == 2)
+        due = {"w": torch.stack([noise.compare("w", g, mean) for g in local])} if noise.is_due else {}
+        noise.commit(due, is_local=False)
+        if due:
             found.append(sum(float((g - mean).double().square().sum()) for g in local))
     assert noise.by_name()["w"] == pytest.approx(0.9**3 * found[0] + (1 - 0.9**3) * found[1], rel=1e-5)
 
@@ -289,3 +289,28 @@ def test_what_was_not_measured_is_missing() -> None:
 def test_impossible_averages_are_refused(beta2: float) -> None:
     with pytest.raises(ConfigError, match=r"noise\.beta2: got .*wanted a number from 0 to below 1"):
         temporal(beta2)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_mean_an_optimizer_measured_and_a_local_gradient_are_not_compared(every: int) -> None:
+    """Measured without an exchange and continued in one whose gradients are local, and the other way round."""
+
+    def make() -> TemporalNoise:
+        return TemporalNoise({"w": torch.zeros(N)}, {"w": "frobenius"}, 0.0, every)
+
+    def see_local(noise: Noise, g: Tensor) -> None:
+        noise.commit({"w": noise.observe("w", g).view(1, -1)}, is_local=True)
+
+    def measure(noise: TemporalNoise, g: Tensor) -> None:
+        noise.measure({"w": g})
+
+    for before, after in ((measure, see_local), (see_local, measure)):
+        first, second = make(), make()
+        for seed in range(2 * every - 1):  # the next step measures
+            before(first, gradient(seed))
+        second.load_state_dict(first.state_dict())
+        after(second, 100 * gradient(9))
+        assert second.by_name() == first.by_name()
+        for seed in range(10, 10 + every):
+            after(second, gradient(seed))
+        assert second.by_name() != first.by_name()
