@@ -24,6 +24,9 @@ from distrobust.train.rundir import Outcome, RunDirectory
 
 # with GPUs too, small rows of numbers travel from the CPU
 BACKENDS = {False: "gloo", True: "cpu:gloo,cuda:nccl"}
+# torch's agent kills workers 30 s after Ctrl-C, and ranks look for a stop every metrics.every steps only; a second
+# Ctrl-C ends them at once. The variable, because torch 2.6 has no such argument and would refuse it
+SHUTDOWN_TIMEOUT, SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 1800
 
 
 def is_torchrun() -> bool:
@@ -74,6 +77,7 @@ def spawn_torchrun(config: Config) -> Outcome:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what is worth saying is said below
     os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SHUTDOWN_S))
     workers = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
