@@ -33,6 +33,8 @@ def _run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["report", "nowhere"], "nowhere"),
         (["evaluate", "nowhere.pt", "--data", "x"], "no such file"),
         (["evaluate", "nowhere.pt", "--data", "x", "--eps", "8"], "write 8/255"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--eps", "1e400"], "eps: got '1e400', wanted a number"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--eps", "nan"], "eps: got 'nan', wanted a number"),
         (["evaluate", "nowhere.pt", "--data", "x", "--norm", "l3"], "threat.norm: 'l3'"),
         (["evaluate", "nowhere.pt", "--data", "x", "--attacks", "pgd,autoatack"], "did you mean 'autoattack'"),
         (["evaluate", "nowhere.pt", "--data", "x", "--attacks", "transfer"], "give it with --source"),
