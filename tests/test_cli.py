@@ -61,6 +61,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [[], ["data"], ["k8s"]], ids=str)
+def test_without_a_command_the_help_is_printed_as_it_is(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(*arguments, "--help", monkeypatch=monkeypatch)
+    asked = capsys.readouterr().out
+    _run(*arguments, monkeypatch=monkeypatch)
+    found = capsys.readouterr()
+    assert asked.count("\n") > 5
+    assert found.out + found.err == asked
+
+
 def test_config_prints_what_train_will_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
     assert _run("config", "launch/digits.yaml", "--set", "compress.fewer_bytes=50", monkeypatch=monkeypatch) == 0
