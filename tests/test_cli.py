@@ -33,6 +33,8 @@ def _run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["report", "nowhere"], "nowhere"),
         (["evaluate", "nowhere.pt", "--data", "x"], "no such file"),
         (["evaluate", "nowhere.pt", "--data", "x", "--eps", "8"], "write 8/255"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--eps", "1e400"], "eps: got '1e400', wanted a number"),
+        (["evaluate", "nowhere.pt", "--data", "x", "--eps", "nan"], "eps: got 'nan', wanted a number"),
         (["evaluate", "nowhere.pt", "--data", "x", "--norm", "l3"], "threat.norm: 'l3'"),
         (["evaluate", "nowhere.pt", "--data", "x", "--attacks", "pgd,autoatack"], "did you mean 'autoattack'"),
         (["evaluate", "nowhere.pt", "--data", "x", "--attacks", "transfer"], "give it with --source"),
@@ -57,6 +59,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in error
     assert error.startswith("distrobust: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["data"], ["k8s"]], ids=str)
+def test_without_a_command_the_help_is_printed_as_it_is(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(*arguments, "--help", monkeypatch=monkeypatch)
+    asked = capsys.readouterr().out
+    _run(*arguments, monkeypatch=monkeypatch)
+    found = capsys.readouterr()
+    assert asked.count("\n") > 5
+    assert found.out + found.err == asked
 
 
 def test_config_prints_what_train_will_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

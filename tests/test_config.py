@@ -30,6 +30,16 @@ MINIMAL: dict[str, Any] = {"data": {"path": "somewhere"}}
         ),
         ({"attack": {"eps": 8}}, "eps 8 is above 1 for inputs in .* did you mean 8/255"),
         ({"attack": {"eps": "8/0"}}, "attack.eps: .*got '8/0'"),
+        ({"attack": {"eps": f"{10**400}/255"}}, "attack.eps: wanted a valid number"),
+        ({"attack": {"eps": "1e400"}}, "attack.eps: wanted a finite number, got '1e400'"),
+        ({"train": {"weight_decay": float("inf")}}, "train.weight_decay: wanted a finite number, got inf"),
+        ({"train": {"momentum": float("nan")}}, "train.momentum: wanted a finite number, got nan"),
+        ({"model": {"rates": {"a": float("nan")}}}, "model.rates.a: wanted a finite number, got nan"),
+        (
+            {"faults": [{"kind": "slow", "rank": 0, "step": 1, "stepp": 3}]},
+            "unknown key 'faults.0.stepp'; did you mean 'step'",
+        ),
+        ({"faults": [{"kind": "slow", "rank": -1, "step": 1}]}, "faults.0.rank: wanted greater .* to 0, got -1"),
         ({"attack": {"eps": -0.1}}, "attack.eps: wanted greater than or equal to 0"),
         ({"train": {"epochs": 0}}, "train.epochs: wanted greater than or equal to 1, got 0"),
         ({"train": {"nesterov": True, "momentum": 0}}, "train: nesterov needs a momentum above 0"),
@@ -48,6 +58,18 @@ def test_an_impossible_value_is_one_clear_line(section: dict[str, Any], message:
         config.parse({**MINIMAL, **section}, "job.yaml")
     assert str(caught.value).startswith("job.yaml: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_given_twice_is_one_clear_line(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("data: {path: a}\ntrain:\n  epochs: 3\n  batch_size: 32\n  epochs: 4\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(file)
+    assert str(caught.value) == f"{file}, line 5: 'epochs' is given already in line 3; leave one out"
+    file.write_text("data: &d {path: a}\nrun: &r\n  <<: {seed: 1, dir: x}\n  seed: 2\n")
+    assert config.load(file, ["train={epochs: 2, batch_size: 8}"]).run.seed == 2  # a merge may be overridden
+    with pytest.raises(ConfigError, match=r"--set train=.*, line 1: 'epochs' is given already in line 1"):
+        config.load(file, ["train={epochs: 2, epochs: 8}"])
 
 
 def test_a_missing_value_says_how_to_give_it() -> None:

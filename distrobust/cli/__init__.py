@@ -21,6 +21,9 @@ def main() -> None:
     except DistrobustError as error:
         _fail(str(error))
     except click.ClickException as error:
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # click 8.1 prints it by itself
+            error.show()
+            sys.exit(2)
         _fail(error.format_message())
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}")

@@ -13,7 +13,11 @@ import click
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
-    "--data", "data_path", required=True, type=click.Path(path_type=Path), help="Directory with test.parquet."
+    "--data",
+    "data_path",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory with test.parquet; read by the columns that the run read, where it has them.",
 )
 @click.option(
     "--attacks",

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
 from typing import Any
 
@@ -20,6 +18,7 @@ from distrobust.config import Config
 from distrobust.errors import CommError
 from distrobust.train.launch import BACKENDS
 from distrobust.train.rundir import Outcome, RunDirectory
+from distrobust.train.stopping import supervised
 
 
 def run_on_ray(config: Config) -> Outcome:
@@ -31,7 +30,7 @@ def run_on_ray(config: Config) -> Outcome:
     """
     directory = RunDirectory(config.run.dir)
     with connected(config):
-        failure = _fit(config, directory)
+        failure = supervised(lambda: _trainer(config).fit(), directory)
     outcome = directory.outcome()
     if outcome is not None:
         return outcome
@@ -40,32 +39,6 @@ def run_on_ray(config: Config) -> Outcome:
         f"Ray Train gave up after {config.cluster.max_failures} restarts: {reason[:300]}; start again to continue from "
         "the last checkpoint"
     )
-
-
-def _fit(config: Config, directory: RunDirectory) -> BaseException | None:
-    """Runs the trainer in a thread of its own: Ray would otherwise take over Ctrl-C and abort without a checkpoint."""
-    failures: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            _trainer(config).fit()
-        except BaseException as error:  # Ray raises KeyboardInterrupt here too
-            failures.append(error)
-
-    def ask_to_stop(number: int, _frame: object) -> None:
-        directory.stop.touch()
-        signal.signal(number, signal.default_int_handler)  # the second one interrupts
-
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.2)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return failures[0] if failures else None
 
 
 def _trainer(config: Config) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from distrobust.config import once
 from distrobust.config.section import Section
 from distrobust.config.whole import Config
 from distrobust.errors import ConfigError
@@ -26,11 +27,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What `load` validates: the file's sections as plain values, overrides applied."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = once.load(path.read_text())
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give the path of a YAML file, see launch/"
         ) from None
+    except once.RepeatedKeyError as error:
+        raise ConfigError(f"{path}, {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -88,7 +91,9 @@ def override(values: dict[str, Any], assignment: str) -> None:
     if not separator or not all(keys):
         raise ConfigError(f"--set {assignment}: wanted section.key=value, for example compress.density=0.01")
     try:
-        value = yaml.safe_load(text)
+        value = once.load(text)
+    except once.RepeatedKeyError as error:
+        raise ConfigError(f"--set {assignment}, {error}") from None
     except yaml.YAMLError:
         raise ConfigError(f"--set {assignment}: the value is not YAML; quote it") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
@@ -124,13 +129,23 @@ def _explain(error: ValidationError, values: Mapping[str, Any], kind: type[BaseM
     text = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "wanted", 1)
     got: Any = values
     for part in keys:
-        got = got.get(part) if isinstance(got, Mapping) else got
+        if isinstance(got, Mapping):
+            got = got.get(part)
+        elif isinstance(got, Sequence) and not isinstance(got, str) and isinstance(part, int):
+            got = got[part]
     return f"{path or 'configuration'}: {text}{'' if isinstance(got, Mapping) else f', got {got!r}'}{more}"
 
 
-def _valid_keys(place: list[str], model: type[BaseModel]) -> list[str]:
+def _valid_keys(place: list[str], kind: type[BaseModel]) -> list[str]:
+    """place: of a section, through sections and numbers of entries in a list of them."""
+    model: Any = kind
     for name in place:
-        annotation = model.model_fields[name].annotation
-        options = [annotation, *get_args(annotation)]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        model = _section(model.model_fields[name].annotation) if name in model.model_fields else model
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The one in `Section | None`, or in `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)

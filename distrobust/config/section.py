@@ -13,7 +13,7 @@ def _fraction(value: object) -> object:
     if isinstance(value, str) and "/" in value:
         try:
             return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             return value
     return value
 
@@ -21,15 +21,21 @@ def _fraction(value: object) -> object:
 AsFraction = BeforeValidator(_fraction)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Multiplier = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0)]
+Seconds = Annotated[float, Field(ge=0.0)]
+Multiplier = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Quantity = Annotated[str, Field(pattern=r"^[1-9][0-9]*([kMGT]i?)?$")]
-Budget = Annotated[float, AsFraction, Field(ge=0.0, allow_inf_nan=False)]
+Budget = Annotated[float, AsFraction, Field(ge=0.0)]
 
 
 class Section(BaseModel):
     """Base of all sections."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+    )

@@ -1,6 +1,7 @@
 """Images or texts, and labels, from Parquet, shared out over ranks, augmented by the batch.
 
 describe      a directory and a split -> Source: files, classes, shape, checked labels
+columns       a directory and a split -> the names of its columns
 split_held_out  Source -> the rows to train on and the rows to validate on
 read_groups   Source, column -> whose each row is
 Shard         Source, rank, world size -> batches of uint8 images, or bytes of text, and int64 labels
@@ -12,7 +13,7 @@ from distrobust.data.augment import crop_and_flip
 from distrobust.data.decoding import decode
 from distrobust.data.digits import write_digits
 from distrobust.data.groups import read_groups
-from distrobust.data.parquet import describe
+from distrobust.data.parquet import columns, describe
 from distrobust.data.selection import Selection, split_held_out
 from distrobust.data.shard import Shard
 from distrobust.data.source import RowGroup, Source
@@ -23,6 +24,7 @@ __all__ = [
     "Selection",
     "Shard",
     "Source",
+    "columns",
     "crop_and_flip",
     "decode",
     "describe",

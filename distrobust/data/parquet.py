@@ -73,6 +73,11 @@ def describe(
     return source
 
 
+def columns(path: str | Path, split: str) -> list[str]:
+    """Names of the split's columns. Raises DataError."""
+    return list(_schema(find_files(path, split)[0]).names)
+
+
 def _schema(file: Path) -> pa.Schema:
     try:
         return pq.read_schema(file)

@@ -147,9 +147,12 @@ def grey_budget(threat: Threat, num_entries: int) -> Threat:
 def parse_budget(text: str) -> float:
     """'8/255' and '0.03' -> a number; ConfigError for anything else."""
     try:
-        return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"eps: got {text!r}, wanted a number or a fraction such as 8/255") from None
+        value = float(Fraction(text.replace(" ", ""))) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"eps: got {text!r}, wanted a number or a fraction such as 8/255")
+    return value
 
 
 def parse_names(text: str, *, transfer: bool) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ staleness tau, the number of moves since its client began:
 
     D = sum_i w_i (x - y)_i / sqrt(1 + tau_i) / sum_i w_i        w_i: rows, or 1
 
-What is a round elsewhere is a move of the server here. A client is at work once at a time, and not again before its
-update has been used. Bytes and times are counted when a client is done; what is under way at the end is not.
+What is a round elsewhere is a move of the server here; a wait for somebody who can be reached counts as one, too, for
+who is there. A client is at work once at a time, and not again before its update has been used. Bytes and times are
+counted when a client is done; what is under way at the end is not.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Buffered(Simulation):
         super().__init__(*given)
         self.jobs: list[Job] = []  # a heap
         self.num_jobs = 0
+        self.num_waits = 0
         self.starts: dict[int, Tensor] = {}  # version -> the model that clients at work began with
 
     def step(self) -> dict[str, Any]:
@@ -88,9 +90,11 @@ class Buffered(Simulation):
             self._begin({job.client for job in arrived})
             if not self.jobs:
                 self.clock_s += self.config.rounds.retry_s
+                self.num_waits += 1
                 waited += 1
                 if waited == NOBODY:
-                    raise DivergedError(f"move {self.round}: no client could be reached; raise availability.share")
+                    who = "no other client" if arrived else "no client"
+                    raise DivergedError(f"move {self.round}: {who} could be reached; raise availability.share")
                 continue
             job = heapq.heappop(self.jobs)
             self.clock_s = max(self.clock_s, job.end_s)
@@ -103,7 +107,7 @@ class Buffered(Simulation):
         """Starts clients until `per_round` are at work, as far as they can be reached."""
         missing = self.config.clients.per_round - len(self.jobs)
         busy = waiting | {job.client for job in self.jobs}
-        reached = self.availability.select(missing + len(busy), self.round, self.clock_s)
+        reached = self.availability.select(missing + len(busy), self.round + self.num_waits, self.clock_s)
         free = np.array([client for client in reached.tolist() if client not in busy], dtype=np.int64)
         keys = draws.uniform(self.config.run.seed, Purpose.SELECTION, self.round, free, self.num_jobs)
         for client in free[np.argsort(keys, kind="stable")[:missing]].tolist():
@@ -133,8 +137,10 @@ class Buffered(Simulation):
         )
 
     def extra_state(self) -> dict[str, Any]:
-        return {"jobs": [asdict(job) for job in self.jobs], "num_jobs": self.num_jobs, "starts": self.starts}
+        counts = {"num_jobs": self.num_jobs, "num_waits": self.num_waits}
+        return {"jobs": [asdict(job) for job in self.jobs], "starts": self.starts, **counts}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.jobs = [Job(**job) for job in state["jobs"]]
         self.num_jobs, self.starts = state["num_jobs"], state["starts"]
+        self.num_waits = state.get("num_waits", 0)  # 0.1.0 did not count them

@@ -219,6 +219,8 @@ def _save_model(config: SimulateConfig, simulation: Simulation, data: dataset.Da
         "model": config.model,
         "classes": list(data.source.class_names),
         "shape": list(data.source.shape),
+        "column": data.source.column,
+        "label_column": data.source.label_column,
         "state": simulation.module.state_dict(),
     }
     torch.save(content, path)

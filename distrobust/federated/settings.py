@@ -74,7 +74,7 @@ class LocalConfig(Section):
     """Coupled for sgd, decoupled for adamw."""
     gradients: Literal["backpropagation", "target_projection"] = "backpropagation"
     """target_projection: tpSGD, each layer towards a random projection of the label; mlp and linear only."""
-    proximal: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    proximal: Annotated[float, Field(ge=0.0)] = 0.0
     """FedProx: adds this / 2 times the squared distance from the round's model to the loss."""
     control_variates: bool = False
     """SCAFFOLD: corrects each client's drift; with sgd without momentum, weight decay and proximal term."""
@@ -108,7 +108,7 @@ class PersonalConfig(Section):
     """Passes over the client's other rows, from the final global model."""
     rate: Positive | None = None
     """null: local.rate."""
-    penalty: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.1
+    penalty: Annotated[float, Field(ge=0.0)] = 0.1
     """RTFA's lambda."""
 
 
@@ -165,7 +165,7 @@ class LinksConfig(Section):
     """Median of the clients' bandwidths, 10^6 bit a second."""
     bandwidth_spread: Annotated[float, Field(ge=0.0, le=10.0)] = 0.75
     """Standard deviation of the natural logarithm, per client and direction; 0: all have the median."""
-    latency_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.05
+    latency_s: Annotated[float, Field(ge=0.0)] = 0.05
     """Median, before each transfer."""
     latency_spread: Annotated[float, Field(ge=0.0, le=10.0)] = 0.5
     """As bandwidth_spread."""
@@ -201,7 +201,7 @@ class RoundsConfig(Section):
     buffer: Count | None = None
     """Asynchronous (FedBuff): per_round clients are always at work, and the model is updated whenever so many of them
     have arrived, late ones counting for less; null: in rounds."""
-    over_selection: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    over_selection: Annotated[float, Field(ge=0.0)] = 0.0
     """More clients to start than per_round, as a share of it; the round ends with the first per_round to arrive."""
     retry_s: Positive = 60.0
     """Seconds until the next round when nobody can be reached."""
@@ -244,7 +244,7 @@ class SimulatedMetricsConfig(Section):
     """Prometheus; another free port if taken; 0: any; null: no exporter."""
     host: str = "127.0.0.1"
     """Where the exporter listens."""
-    linger_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    linger_s: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds the exporter stays after the end, so that the last values are scraped."""
 
 

@@ -67,7 +67,7 @@ def run(
     if len(arrived) == wanted:
         over = float(ends[arrived].max())
     else:
-        over = float(ends.max(initial=clock_s)) if deadline_s is None else clock_s + deadline_s
+        over = min(float(ends.max(initial=clock_s)), clock_s + (np.inf if deadline_s is None else deadline_s))
     stops = np.minimum(ends, over)
     has_model = downloaded <= stops
     partial_down = links.sent_by("download", clients, begin, down, stops).astype(np.int64)

@@ -1,5 +1,6 @@
 """The records of a run, sorted into what the report tells: phases, results, restarts, notices."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,8 @@ class Phase:
 class Story:
     """What the records of a run say, in the order the page tells it.
 
-    `restarts`: (steps of all phases before it, sentence) for each restart. `seconds`: None while not done.
+    `restarts`: (steps of all phases before it, sentence) for each restart. `seconds`: of all starts together;
+    None while not done.
     """
 
     name: str
@@ -55,8 +57,19 @@ def tell(name: str, records: Sequence[Record]) -> Story:
         restarts=_restarts(records, {phase.name: phase for phase in phases}),
         notices=list(dict.fromkeys(notices)),
         started=float(records[0].get("time") or 0),
-        seconds=done[-1].get("seconds") if done else None,
+        seconds=_seconds(records) if done else None,
     )
+
+
+def _seconds(records: Sequence[Record]) -> float:
+    """Each start from its first record to its last, or as long as it says; not the time between two of them."""
+    starts = [place for place, record in enumerate(records) if record.get("event") == "run"] or [0]
+    total = 0.0
+    for begin, end in itertools.pairwise([*starts, len(records)]):
+        said = [record["seconds"] for record in records[begin:end] if record.get("event") == "done"]
+        times = [record["time"] for record in records[begin:end] if record.get("time")]
+        total += float(said[-1]) if said else max(0.0, times[-1] - times[0]) if times else 0.0
+    return total
 
 
 def _phases(kept: Sequence[Record]) -> list[Phase]:

@@ -33,6 +33,7 @@ from distrobust.evaluation.ensemble import Statistics, interpolate, reestimate_
 from distrobust.train.modelfile import build_model, read_model_file, refuse_text, save_model_file
 from distrobust.train.rundir import write_atomically
 from distrobust.train.scoring import spaced_rows
+from distrobust.train.sources import describe_as_trained
 
 RECORD = "ensemble.json"
 _BATCH = 250
@@ -170,12 +171,11 @@ class _Mixer:
         for name, known in (("fine-tuned", theirs), ("pre-trained", others)):
             if known is not None and known != split:
                 warning = f"the {name} model learned from some of them: its run held out {known[0]:g}, seed {known[1]}"
-        described: dict[str, Any] = {"channels": after["shape"][0], "classes": after["classes"]}
-        source = data.describe(settings.data, "train", **described)
+        source = describe_as_trained(settings.data, "train", after)
         _check_shape(settings, source, after)
         rows = data.split_held_out(source, *split)
         train, held_out = (Shard(source, 0, 1, split[1], rows=part) for part in rows)
-        test = Shard(data.describe(settings.data, "test", **described), 0, 1, split[1])
+        test = Shard(describe_as_trained(settings.data, "test", after), 0, 1, split[1])
         net = build_model(after["model"], source, seed=0).eval()
         return _Mixer(settings, before, after, net, train, held_out, test, split, warning)
 

@@ -29,6 +29,7 @@ from distrobust.evaluation.suite import Suite
 from distrobust.evaluation.trial import Trial, Verdict, attempt
 from distrobust.train.modelfile import build_model, load_model_file, read_model_file, refuse_text
 from distrobust.train.scoring import spaced_rows
+from distrobust.train.sources import describe_as_trained
 from distrobust.train.verdicts import VerdictDirectory
 
 Progress = Callable[[str, int, int], None]  # (trial in words, batches done, batches)
@@ -63,7 +64,7 @@ class Opened:
         self.job = job
         content = read_model_file(job.checkpoint)
         refuse_text(content, job.checkpoint)
-        self.data = data.describe(job.data, "test", channels=content["shape"][0], classes=content["classes"])
+        self.data = describe_as_trained(job.data, "test", content)
         self.net = _load(job.checkpoint, content, self.data)
         self.source = None if job.source is None else _load(job.source, read_model_file(job.source), self.data)
         total = self.data.total_rows

@@ -12,6 +12,7 @@ import sys
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
+_OUTSIDE = "198.51.100.1"  # nobody's (RFC 5737), so that the default route leads there
 
 
 def address_towards(host: str) -> str | None:
@@ -26,9 +27,21 @@ def address_towards(host: str) -> str | None:
         return None
 
 
-def towards(host: str) -> str | None:
+def own_address(head: str) -> str | None:
+    """Where other hosts reach this one: the address towards `head`; None if there is no telling.
+
+    On the head itself its name may lead to loopback (Debian has 127.0.1.1 for it): there that of the default route, if
+    it has one.
+    """
+    address = address_towards(head)
+    if address is None or not _is_loopback(address):
+        return address
+    return address_towards(_OUTSIDE) or address
+
+
+def towards(head: str) -> str | None:
     """The interface with that address; None if there is no telling."""
-    address = address_towards(host)
+    address = own_address(head)
     return None if address is None else _holding(address)
 
 
@@ -53,13 +66,21 @@ def _holding(address: str) -> str | None:
 
 
 def is_here(host: str) -> bool:
-    """Whether `host` is this machine: packets to it would leave from the very address they go to."""
+    """Whether `host` is this machine: packets to it would leave from the very address they go to, or from loopback."""
+    address = address_towards(host)
     try:
-        return address_towards(host) == socket.gethostbyname(host)
+        return address is not None and (_is_loopback(address) or address == socket.gethostbyname(host))
     except OSError:
         return False
 
 
-if __name__ == "__main__":  # for scripts: python -m distrobust.train.interface HOST -> "ADDRESS true", if it is here
-    own = address_towards(sys.argv[1]) or sys.exit(f"{sys.argv[1]}: no route to it, or no such host")
-    print(own, str(is_here(sys.argv[1])).lower())
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.")
+
+
+if __name__ == "__main__":  # for scripts: python -m distrobust.train.interface HEAD HOSTS -> "ADDRESS true", if here
+    head, hosts = sys.argv[1:3]
+    own = (address_towards if hosts == "1" else own_address)(head) or sys.exit(
+        f"{head}: no route to it, or no such host"
+    )
+    print(own, str(is_here(head)).lower())

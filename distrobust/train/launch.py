@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import tempfile
 import uuid
@@ -21,6 +22,7 @@ from distrobust.errors import CommError, ConfigError
 from distrobust.metrics import Sink
 from distrobust.train import interface, job
 from distrobust.train.rundir import Outcome, RunDirectory
+from distrobust.train.stopping import supervised
 
 # with GPUs too, small rows of numbers travel from the CPU
 BACKENDS = {False: "gloo", True: "cpu:gloo,cuda:nccl"}
@@ -66,9 +68,9 @@ def run_under_torchrun(config: Config, sinks: list[Sink]) -> Outcome:
 def spawn_torchrun(config: Config) -> Outcome:
     """Starts one process per worker on this machine, as torchrun does, and waits for them.
 
+    Ctrl-C asks the workers to write a checkpoint and leave; a second one kills them.
     Raises CommError if a worker died.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -84,19 +86,27 @@ def spawn_torchrun(config: Config) -> Outcome:
         max_restarts=0,
         monitor_interval=0.2,
     )
+    directory = RunDirectory(config.run.dir)
+    failed = supervised(
+        lambda: elastic_launch(workers, _rank)(config.model_dump(mode="json")), directory, _kill_children
+    )
     reason = "the workers ended without a word"
-    with contextlib.suppress(SignalException):  # the workers got it too: they write a checkpoint and leave
-        try:
-            elastic_launch(workers, _rank)(config.model_dump(mode="json"))
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            reason = f"rank {rank} ended with exit code {failure.exitcode}"
-            if isinstance(failure.message, str) and failure.exitcode > 0:
-                reason += f" ({failure.message.strip().splitlines()[-1][:200]})"
-    outcome = RunDirectory(config.run.dir).outcome()
+    if isinstance(failed, ChildFailedError):
+        rank, failure = failed.get_first_failure()
+        reason = f"rank {rank} ended with exit code {failure.exitcode}"
+        if isinstance(failure.message, str) and failure.exitcode > 0:
+            reason += f" ({failure.message.strip().splitlines()[-1][:200]})"
+    elif failed is not None:
+        raise failed
+    outcome = directory.outcome()
     if outcome is None:
         raise CommError(f"torchrun: {reason}; start again to continue from the last checkpoint")
     return outcome
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _rank(values: dict[str, Any]) -> None:

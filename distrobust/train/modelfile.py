@@ -106,6 +106,8 @@ def save_model_file(path: Path, net: nn.Module, architecture: Architecture, sour
             "model": architecture,
             "classes": list(source.class_names),
             "shape": list(source.shape),
+            "column": source.column,
+            "label_column": source.label_column,
             "state": net.state_dict(),
         },
         temporary,
@@ -119,7 +121,10 @@ def load_model_file(net: nn.Module, path: Path) -> None:
 
 
 def read_model_file(path: Path) -> dict[str, Any]:
-    """model (see Architecture), classes, shape and state; unpickles tensors and plain values only."""
+    """model (see Architecture), classes, shape, state, in most column and label_column.
+
+    Unpickles tensors and plain values only.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         kinds: dict[str, Any] = {"model": str | dict, "classes": list, "shape": list, "state": dict}

@@ -80,7 +80,14 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps every other start out while the block runs; raises ConfigError if one is at work already."""
+        """Keeps every other start out while the block runs; raises ConfigError if one is at work already.
+
+        Also if the directory is a simulation's, whose configuration has a section `clients`.
+        """
+        if self.config.exists() and "clients" in configuration.read(self.config):
+            raise ConfigError(
+                f"run.dir {self.path} holds a run of `distrobust simulate`; set run.dir to another directory"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from distrobust import data
 from distrobust.config import Config, DataConfig
 from distrobust.data import Shard, Source
@@ -31,6 +34,23 @@ def describe_training(settings: DataConfig) -> Source:
         text_column=settings.text_column,
         label_column=settings.label_column,
         length=settings.length,
+    )
+
+
+def describe_as_trained(path: Path, split: str, content: dict[str, Any]) -> Source:
+    """A split for a model of images, read as its run read its own: by the same columns, where the data set has them.
+
+    content: of the model file; those of 0.1.0 do not name columns.
+    """
+    there = data.columns(path, split)
+    image, label = (name if name in there else None for name in (content.get("column"), content.get("label_column")))
+    return data.describe(
+        path,
+        split,
+        image_column=image,
+        label_column=label,
+        channels=content["shape"][0],
+        classes=content["classes"],
     )
 
 

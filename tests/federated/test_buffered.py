@@ -16,6 +16,7 @@ from distrobust.federated.buffered import Buffered
 from distrobust.federated.timeline import ARRIVED
 
 CLIENTS: dict[str, Any] = {"registered": 30, "per_round": 6, "partition": "dirichlet", "rows": 20}
+SELDOM: dict[str, Any] = {"availability": {"name": "markov", "share": 0.05, "stay": 0.5}}
 SLOW: dict[str, Any] = {"links": {"drop_out": 0.2, "compute_spread": 1.5}, "rounds": {"buffer": 4}}
 
 
@@ -109,7 +110,15 @@ def test_a_client_that_was_lost_may_arrive_when_it_tries_again(tmp_path: Path) -
     assert simulation.totals.lost > 4
 
 
-@pytest.mark.parametrize("chosen", [{}, CODED], ids=["dense", "coded"])
+@pytest.mark.parametrize("availability", ["bernoulli", "markov", "labels"])
+def test_who_is_there_changes_while_the_server_waits(tmp_path: Path, availability: str) -> None:
+    simulation = buffered(tmp_path, availability={"name": availability, "share": 0.05})
+    for _ in range(10):
+        assert simulation.step()["updates"] == 4
+    assert simulation.num_waits > 10
+
+
+@pytest.mark.parametrize("chosen", [{}, CODED, SELDOM], ids=["dense", "coded", "seldom there"])
 def test_stopping_and_continuing_changes_nothing(tmp_path: Path, chosen: dict[str, Any]) -> None:
     whole, first, second = (buffered(tmp_path / str(i), **chosen) for i in range(3))
     expected = [whole.step() for _ in range(9)]

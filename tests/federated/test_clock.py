@@ -98,6 +98,15 @@ def test_stragglers_are_cut_off_at_the_deadline_and_what_they_sent_is_counted() 
     assert early.fastest_s == pytest.approx(4.5)
 
 
+def test_a_deadline_is_not_waited_for_when_nobody_is_left() -> None:
+    assert course(deadline_s=60.0, wanted=4).duration_s == pytest.approx(6.5)
+    lost = course(deadline_s=60.0, drop_out=1.0)
+    assert lost.fate.tolist() == [LOST] * 3
+    assert lost.duration_s == pytest.approx(float(max(lost.download_s + lost.compute_s + lost.upload_s)))
+    assert lost.duration_s < 6.5
+    assert course(deadline_s=5.0, wanted=4).duration_s == 5.0  # two are still under way
+
+
 def test_over_selection_ends_the_round_with_the_first_to_arrive() -> None:
     found = course(wanted=2)
     assert found.fate.tolist() == [ARRIVED, ARRIVED, SURPLUS]

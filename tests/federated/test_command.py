@@ -132,6 +132,24 @@ def test_the_directory_of_a_training_run_is_left_alone(
     assert not (tmp_path / "config.yaml").exists()
 
 
+def test_a_training_run_leaves_the_directory_of_a_simulation_alone(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *arguments(digits, tmp_path / "run", "rounds.number=2")) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    sets = ("--set", f"data.path={digits}", "--set", f"run.dir={tmp_path / 'run'}")
+    job = [str(FILE.with_name("digits.yaml")), "--launcher", "local", "--set", "cluster.workers=1"]
+    monkeypatch.setattr(sys, "argv", ["distrobust", "train", *job, *sets])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert "holds a run of `distrobust simulate`; set run.dir to another directory" in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("upload", [None, {"density": 0.1}])
 def test_an_update_that_is_not_finite_is_excluded_and_counted(
     simulate: Simulate, monkeypatch: pytest.MonkeyPatch, upload: dict[str, Any] | None

@@ -301,6 +301,15 @@ def test_restarts_are_marked_and_the_abandoned_steps_replaced(tmp_path: Path) ->
     assert "resumed after step 50 of fine-tuning" in page(tmp_path, [*first, *again])
 
 
+def test_wall_time_is_that_of_all_starts_without_the_time_between(tmp_path: Path) -> None:
+    first = [RUN, *phase("pretrain"), step("train", 60)]  # at its last record 60 s are over
+    assert tell("x", WHOLE).seconds == 94.0
+    later = [record | {"time": record["time"] + 5000} if "time" in record else record for record in WHOLE]
+    assert tell("x", [*first, *later]).seconds == 60.0 + 94.0
+    assert tell("x", first).seconds is None
+    assert "2 min 34 s" in page(tmp_path, [*first, *later])
+
+
 def test_phases_follow_each_other_on_one_axis() -> None:
     phases = tell("x", WHOLE).phases
     assert [(phase.title, phase.offset) for phase in phases] == [("pre-training", 0), ("fine-tuning", 100)]

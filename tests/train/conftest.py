@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from torch import Tensor
 
@@ -29,6 +31,17 @@ def write_stripes(directory: Path, num_train: int = 160, num_test: int = 40) -> 
             image[0, 2 * label : 2 * label + 2] += 120
         names = ["first", "second", "third", "fourth"]
         write_parquet(directory / f"{split}.parquet", images.astype(np.uint8), labels, names, 32)
+    return directory
+
+
+def with_other_labels(path: Path, directory: Path) -> Path:
+    """A copy in which column `label` is of no use, and `coarse` and `picture` are what `label` and `image` were."""
+    directory.mkdir()
+    for file in path.glob("*.parquet"):
+        table = pq.read_table(file)
+        label = pa.array(np.zeros(len(table), dtype=np.int64))
+        table = table.append_column("coarse", table["label"]).append_column("picture", table["image"])
+        pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", label), directory / file.name)
     return directory
 
 

@@ -19,7 +19,7 @@ from distrobust.train import ensembling
 from distrobust.train.ensembling import Settings, sweep
 from distrobust.train.modelfile import build_model, read_model_file, save_model_file
 from tests.harness.jobs import assert_equal, evaluated, run_job
-from tests.train.conftest import MakeConfig, write_stripes
+from tests.train.conftest import MakeConfig, with_other_labels, write_stripes
 
 THREATS = (Threat("linf", 0.05), Threat("linf", 0.1))
 
@@ -86,6 +86,19 @@ def test_mixtures_are_measured_on_the_rows_the_run_held_out_and_the_test_file_co
         assert robust["attack"] == "PGD-2 Linf 0.05"
         assert robust["accuracy"] <= clean["accuracy"]
         assert all(s["low"] <= s["accuracy"] <= s["high"] for s in point["scores"])
+
+
+def test_both_splits_are_read_by_the_columns_the_model_learned_from(
+    settings: Callable[..., Settings], run: Config, tmp_path: Path
+) -> None:
+    chosen = settings(data=with_other_labels(run.data.path, tmp_path / "data"))
+    before, after = read_model_file(chosen.pretrained), read_model_file(chosen.finetuned)
+    assert (after["column"], after["label_column"]) == ("image", "label")
+    mixer = ensembling._Mixer.of(chosen, before, {**after, "label_column": "coarse"})
+    assert mixer.train.source.label_column == mixer.test.source.label_column == "coarse"
+    for name in ("column", "label_column"):  # as of 0.1.0
+        del after[name]
+    assert ensembling._Mixer.of(chosen, before, after).test.source.label_column == "label"
 
 
 def test_the_ends_score_as_the_files_themselves(settings: Callable[..., Settings], run: Config, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from distrobust.train.evaluation import Job, Opened, record, run_rank
 from distrobust.train.evaluation_ranks import evaluate
 from distrobust.train.modelfile import build_model, save_model_file
 from distrobust.train.verdicts import VerdictDirectory
+from tests.train.conftest import with_other_labels
 
 SUITE = Suite(Threat("linf", 0.1), ("pgd", "curve"), steps=2, curve=(0.05, 0.1, 0.2), checks=False)
 
@@ -75,6 +76,17 @@ def count_attempts(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) 
 
     monkeypatch.setattr(evaluation, "attempt", attempt)
     return seen
+
+
+def test_the_columns_are_those_the_model_learned_from_where_there_are_such(job: Job, tmp_path: Path) -> None:
+    other = with_other_labels(job.data, tmp_path / "data")
+    source = data.describe(other, "train", image_column="picture", label_column="coarse")
+    save_model_file(tmp_path / "c.pt", build_model("cnn", source, 0), "cnn", source)
+    read = Opened(replace(job, checkpoint=tmp_path / "c.pt", data=other)).data
+    assert (read.column, read.label_column) == ("picture", "coarse")
+    assert len(set(read.labels.tolist())) == 10
+    read = Opened(replace(job, checkpoint=tmp_path / "c.pt")).data
+    assert (read.column, read.label_column) == ("image", "label")
 
 
 def test_three_ranks_in_any_order_say_what_one_says(job: Job, tmp_path: Path) -> None:
