@@ -80,7 +80,7 @@ def _view(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """make: builds the optimizer. rates: to choose from, by task. residual: SGD's momentum is in the residual at 1 %."""
+    """make: builds the optimizer. rates: to choose from, by task. residual: SGD's momentum is there at 1 %."""
 
     make: Callable[[nn.Module, float], Optimizer]
     rates: dict[str, tuple[float, ...]]
