@@ -89,7 +89,7 @@ class Method:
 
 # by task, since a start from a trained model wants larger rates; with noise only the quietest layer of a group moves at
 # the full one
-ADAM_RATES = {"gpt": (3e-4, 1e-3, 3e-3, 1e-2), "natural": (3e-4, 1e-3, 3e-3, 1e-2), "n_fgsm": (1e-3, 3e-3, 1e-2, 3e-2)}
+ADAM_RATES = {"gpt": (3e-4, 1e-3, 3e-3, 1e-2), "natural": (3e-4, 1e-3, 3e-3, 1e-2), "n_fgsm": (3e-3, 1e-2, 3e-2, 1e-1)}
 MUON_RATES = {"gpt": (1e-3, 3e-3, 1e-2, 3e-2), "natural": (1e-3, 3e-3, 1e-2, 3e-2), "n_fgsm": (3e-3, 1e-2, 3e-2, 1e-1)}
 NOISY_RATES = {"gpt": (3e-3, 1e-2, 3e-2, 1e-1), "natural": (3e-3, 1e-2, 3e-2, 1e-1), "n_fgsm": (1e-2, 3e-2, 1e-1, 3e-1)}
 SGD_RATES = {"natural": (0.003, 0.01, 0.03, 0.1), "n_fgsm": (0.03, 0.1, 0.3, 1.0)}
