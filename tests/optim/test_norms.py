@@ -143,3 +143,13 @@ def test_a_nan_does_not_become_a_direction_of_nothing(norm: Norm) -> None:
     tensor = samples(norm)[0]
     tensor.view(-1)[1] = math.nan
     assert bool(torch.isnan(directions(norm, [tensor])[0]).any())
+
+
+def test_a_matrix_whose_eigenvalues_do_not_converge_has_a_norm_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def give_up(_: Tensor) -> Tensor:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", give_up)
+    g = torch.randn(2, 12, 30, generator=torch.Generator().manual_seed(0))
+    expected = torch.linalg.svdvals(g).sum(dim=-1)
+    torch.testing.assert_close(nuclear(g), expected, rtol=1e-3, atol=0)
