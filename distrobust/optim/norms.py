@@ -114,7 +114,7 @@ def nuclear(matrices: Tensor) -> Tensor:
     # all are kept: one large singular value beside many of a thousandth would lose 34 % without those below n eps of it
     try:
         sums = torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt().sum(dim=-1) * scale[:, 0, 0]
-    except torch.linalg.LinAlgError:  # LAPACK gives up on a matrix now and then
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # LAPACK gives up on a matrix now and then
         sums = (matrices * polar(matrices, EXACT_STEPS)).sum(dim=(-2, -1))
     return torch.where(finite, sums, torch.nan)
 
