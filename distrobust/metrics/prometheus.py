@@ -43,6 +43,7 @@ class Exporter:
     file_sd: directory for the file `rank-N.json` of Prometheus' file-based discovery, with the real address.
         Removed by `close`.
     linger_s: seconds `close` waits, so that the last values are scraped before the endpoint goes.
+    is_asked: whether somebody wants the run to end; `close` waits no longer once somebody newly does.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class Exporter:
         local_rank: int | None = None,
         file_sd: Path | None = None,
         linger_s: float = 0.0,
+        is_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         from prometheus_client import CollectorRegistry
 
         self.registry = CollectorRegistry()
         self.notice: str | None = None
         self._who = (run, str(rank))
-        self._linger_s = linger_s
+        self._linger_s, self._is_asked = linger_s, is_asked
         self._families = {metric.name: _family(metric, self.registry) for metric in TABLE}
         self._plans: dict[tuple[str, ...], list[tuple[str, Feed]]] = {}
         self._counters: dict[tuple[str, ...], _Difference] = {}
@@ -95,7 +97,9 @@ class Exporter:
         """Stops the server and its thread and removes the discovery file. A second call does nothing."""
         if not self._thread.is_alive():
             return
-        time.sleep(self._linger_s)
+        until, was_asked = time.monotonic() + self._linger_s, self._is_asked()
+        while (left := until - time.monotonic()) > 0 and (was_asked or not self._is_asked()):
+            time.sleep(min(left, 0.2))
         if self._discovery is not None:
             self._discovery.unlink(missing_ok=True)
         self._server.shutdown()

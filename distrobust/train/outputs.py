@@ -47,6 +47,7 @@ def exporter(config: Config, directory: RunDirectory) -> Exporter | None:
         local_rank=int(os.environ.get("LOCAL_RANK", rank)),
         file_sd=directory.targets,
         linger_s=config.metrics.linger_s,
+        is_asked=directory.stop.exists,
     )
     if made.notice:
         _log.warning(made.notice)

@@ -209,6 +209,20 @@ def test_the_discovery_file_names_the_real_address_and_goes_with_the_exporter(tm
     assert list((tmp_path / "prometheus").iterdir()) == []
 
 
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_an_exporter_stays_for_the_last_scrape_until_somebody_asks_it_to_go(tmp_path: Path, asked_before: bool) -> None:
+    """A stop that had been asked for before, which ended the run, does not take the last values away."""
+    stop, linger_s = tmp_path / "stop", 1.0
+    if asked_before:
+        stop.touch()
+    exporter = Exporter("r", 0, port=0, linger_s=linger_s, is_asked=stop.exists)
+    asking = threading.Timer(0.1, stop.touch)
+    asking.start()
+    seconds = timeit.timeit(exporter.close, number=1)
+    asking.join()
+    assert (seconds >= linger_s) == asked_before
+
+
 def test_a_wildcard_host_is_announced_by_an_address_others_can_use(tmp_path: Path) -> None:
     exporter = Exporter("digits", 0, host="0.0.0.0", port=0, file_sd=tmp_path)
     try:
