@@ -8,8 +8,9 @@ and with one thing changed at a time (`cells`). The natural model, eight epochs,
 rate is the best of PEAKS on seed 0, chosen by PGD-10 on the held-out rows, the same three for every schedule and start.
 
 Clean accuracy on all test images; on the same 1,000, evenly spaced: PGD-20, and, for cells marked `autoattack`,
-AutoAttack standard. Cost is processor time of training steps, natural pre-training included where there is some. Runs
-already in the work directory are kept, killed ones continued; `write` makes the record of what is there, and its plots.
+AutoAttack standard. Cost is the time of training steps on two cores: the median one, which other work on the machine
+moves little, times their number; the natural model's is told apart. Runs already in the work directory are kept, killed
+ones continued; `write` makes the record of what is there, and its plots.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +134,18 @@ def run(cell: Cell, work: Path, data: Path, seed: int) -> None:
         "cell": cell,
         "seed": seed,
         "peak": value,
-        "step_s": sum(r["step_s"] for r in steps) / len(steps),
-        "steps": steps[-1]["step"],
+        "minutes": minutes(steps),
         "sent_bytes": steps[-1]["sent_bytes"],
         "dense_bytes": steps[-1]["dense_bytes"],
         "scores": scores | (autoattack(directory, data, seed) if cell["autoattack"] else {}),
         "commit": record.COMMIT,
     }
     result.write_text(json.dumps(content))
+
+
+def minutes(steps: list[Any]) -> float:
+    """Of training steps: their number times the median of those recorded, each the mean of some."""
+    return float(statistics.median(r["step_s"] for r in steps) * steps[-1]["step"] / 60)
 
 
 def autoattack(directory: Path, data: Path, seed: int) -> dict[str, Any]:
@@ -166,15 +172,15 @@ def write(work: Path) -> Path:
                 **cell,
                 "peak": runs[0]["peak"],
                 "scores": {a: record.interval([r["scores"][a]["accuracy"] for r in runs]) for a in attacks},
-                "train_minutes": record.interval([r["step_s"] * r["steps"] / 60 for r in runs]),
+                "train_minutes": record.interval([r["minutes"] for r in runs]),
                 "fewer_bytes": record.interval([r["dense_bytes"] / r["sent_bytes"] for r in runs]),
                 "runs": runs,
             }
         )
-    pretraining = []
-    for path in sorted(work.glob("natural-*/metrics.jsonl")):
-        steps = [r for r in jsonl.read(path) if r["event"] == "step" and r["phase"] == "pretrain"]
-        pretraining.append(sum(r["step_s"] for r in steps) / len(steps) * steps[-1]["step"] / 60)
+    pretraining = [
+        minutes([r for r in jsonl.read(path) if r["event"] == "step" and r["phase"] == "pretrain"])
+        for path in sorted(work.glob("natural-*/metrics.jsonl"))
+    ]
     content = {
         "setting": __doc__,
         "intervals": "95 %, Student's t over seeds",
