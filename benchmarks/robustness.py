@@ -1,16 +1,17 @@
 """What makes an adversarial fine-tuning good: start, schedule, radius, loss, noise-adaptive rates, compression?
 
     python benchmarks/robustness.py run --data DIR [--seeds 0 1 2] [--only TEXT] [--work DIR]
+    python benchmarks/robustness.py autoattack --data DIR [--seeds 0 1 2] [--only TEXT] [--work DIR]
     python benchmarks/robustness.py write [--work DIR]
 
 CIFAR-10, resnet9, N-FGSM at 8/255 unless said otherwise, two real workers through torchrun, launch/cifar10.yaml dense
 and with one thing changed at a time (`cells`). The natural model, eight epochs, is trained once a seed. Every learning
 rate is the best of PEAKS on seed 0, chosen by PGD-10 on the held-out rows, the same three for every schedule and start.
 
-Clean accuracy on all test images; on the same 1,000, evenly spaced: PGD-20, and, for cells marked `autoattack`,
-AutoAttack standard. Cost is the time of training steps on two cores: the median one, which other work on the machine
-moves little, times their number; the natural model's is told apart. Runs already in the work directory are kept, killed
-ones continued; `write` makes the record of what is there, and its plots.
+Clean accuracy on all test images; on the same 1,000, evenly spaced: PGD-20, and, for cells marked `autoattack`, once
+they have run, AutoAttack standard. Cost is the time of training steps on two cores: their number times the median one,
+which other work on the machine moves little; the natural model's is told apart. Runs already in the work directory are
+kept, killed ones continued; `write` makes the record of what is there, and its plots.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from distrobust.train.evaluation_ranks import evaluate
 
 IMAGES = 1000
 PEAKS = (0.1, 0.3, 0.6)
+KEPT = ("accuracy", "low", "high", "samples", "seed", "flags")
+AUTOATTACK = "autoattack.json"
 Cell = dict[str, Any]
 
 
@@ -114,9 +117,14 @@ def _start(cell: Cell, work: Path, data: Path, seed: int) -> list[str]:
     return [*_common(data, seed), "compress=null", "pretrain=null", "evaluate.held_out_images=0", *start]
 
 
+def directory_of(cell: Cell, work: Path, seed: int) -> Path:
+    """The directory of its run."""
+    return work / f"{cell['name']}, seed {seed}".replace("/", " ")
+
+
 def run(cell: Cell, work: Path, data: Path, seed: int) -> None:
     """Trains and scores one cell."""
-    directory = work / f"{cell['name']}, seed {seed}".replace("/", " ")
+    directory = directory_of(cell, work, seed)
     result = directory / "result.json"
     if result.exists():
         return
@@ -126,7 +134,7 @@ def run(cell: Cell, work: Path, data: Path, seed: int) -> None:
     records = jsonl.latest(jsonl.read(directory / "metrics.jsonl"))
     steps = [r for r in records if r["event"] == "step"]
     scores = {
-        r["attack"]: {key: r[key] for key in ("accuracy", "low", "high", "samples", "seed", "flags")}
+        r["attack"]: {key: r[key] for key in KEPT}
         for r in records
         if r["event"] == "evaluation" and r["model"] == "fine-tuned"
     }
@@ -137,7 +145,7 @@ def run(cell: Cell, work: Path, data: Path, seed: int) -> None:
         "minutes": minutes(steps),
         "sent_bytes": steps[-1]["sent_bytes"],
         "dense_bytes": steps[-1]["dense_bytes"],
-        "scores": scores | (autoattack(directory, data, seed) if cell["autoattack"] else {}),
+        "scores": scores,
         "commit": record.COMMIT,
     }
     result.write_text(json.dumps(content))
@@ -148,19 +156,26 @@ def minutes(steps: list[Any]) -> float:
     return float(statistics.median(r["step_s"] for r in steps) * steps[-1]["step"] / 60)
 
 
-def autoattack(directory: Path, data: Path, seed: int) -> dict[str, Any]:
-    """Its verdict over all its parts, on the images of PGD-20."""
+def autoattack(cell: Cell, work: Path, data: Path, seed: int) -> None:
+    """Its verdict over all its parts on the run's model, on the images of PGD-20, beside the run's result."""
+    directory = directory_of(cell, work, seed)
+    result = directory / AUTOATTACK
+    if result.exists():
+        return
     suite = Suite(Threat("linf", 8 / 255), ("autoattack",), checks=False)
     model, out = directory / "models/fine-tuned.pt", directory / "evaluation"
     found = evaluate(Job(model, data, suite, out, images=IMAGES, batch=100, seed=seed, threads=1), workers=2)
     assert found is not None
     score = found["results"][-1]["score"]
-    return {"AutoAttack": {key: score[key] for key in ("accuracy", "low", "high", "samples", "seed", "flags")}}
+    result.write_text(json.dumps({"AutoAttack": {key: score[key] for key in KEPT}}))
 
 
 def write(work: Path) -> Path:
     """The record of the results in `work`, with the natural model's cost."""
     found = [json.loads(path.read_text()) for path in sorted(work.glob("*/result.json"))]
+    for entry in found:
+        path = directory_of(entry["cell"], work, entry["seed"]) / AUTOATTACK
+        entry["scores"] |= json.loads(path.read_text()) if path.exists() else {}
     rows = []
     for cell in cells():
         runs = [r for r in found if r["cell"]["name"] == cell["name"]]
@@ -171,7 +186,9 @@ def write(work: Path) -> Path:
             {
                 **cell,
                 "peak": runs[0]["peak"],
-                "scores": {a: record.interval([r["scores"][a]["accuracy"] for r in runs]) for a in attacks},
+                "scores": {
+                    a: record.interval([r["scores"][a]["accuracy"] for r in runs if a in r["scores"]]) for a in attacks
+                },
                 "train_minutes": record.interval([r["minutes"] for r in runs]),
                 "fewer_bytes": record.interval([r["dense_bytes"] / r["sent_bytes"] for r in runs]),
                 "runs": runs,
@@ -220,7 +237,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "write", "cells"])
+    parser.add_argument("what", choices=["run", "autoattack", "write", "cells"])
     parser.add_argument("--data", type=Path, help="directory with train.parquet and test.parquet")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-robustness"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -233,10 +250,12 @@ def main() -> None:
         print(write(arguments.work))
     else:
         if arguments.data is None:
-            parser.error("run needs --data")
+            parser.error(f"{arguments.what} needs --data")
         for seed, cell in itertools.product(arguments.seeds, chosen):
-            print(f"{cell['name']}, seed {seed}", flush=True)
-            run(cell, arguments.work.absolute(), arguments.data.absolute(), seed)
+            if arguments.what == "run" or cell["autoattack"]:
+                print(f"{cell['name']}, seed {seed}", flush=True)
+                action = run if arguments.what == "run" else autoattack
+                action(cell, arguments.work.absolute(), arguments.data.absolute(), seed)
 
 
 if __name__ == "__main__":
