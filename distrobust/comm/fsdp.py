@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from distrobust.comm import fsdp_layers, takeover
+from distrobust.comm import fsdp_layers, saved, takeover
 from distrobust.comm.fsdp_layers import Layer, Piece
 from distrobust.comm.transport import Transport
 from distrobust.compression import codec, memory, message
@@ -232,22 +232,19 @@ class ShardedCompression:
 
     def state_dict(self) -> dict[str, Any]:
         """Residuals of this rank's shards, in the shards' shapes, by parameter name."""
-        residuals = {}
-        for name, piece in self.pieces.items():
-            shape = fsdp_layers.local(piece.parameter).shape
-            entry: dict[str, Any] = {"v": piece.residual.v.view(shape).clone(), "settled": piece.residual.settled}
-            if piece.residual.rule.momentum:
-                entry["u"] = piece.residual.u.view(shape).clone()
-            residuals[name] = entry
         return {
-            "residuals": residuals,
-            "rules": takeover.to_save({name: piece.residual.rule for name, piece in self.pieces.items()}),
+            **saved.save(*self._residuals()),
             "place": self._place,
             "step": self.step,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "sent_bytes": self.machines.sent_bytes,
         }
+
+    def _residuals(self) -> tuple[dict[str, Residual], dict[str, Tensor]]:
+        """With the shards they belong to."""
+        residuals = {name: piece.residual for name, piece in self.pieces.items()}
+        return residuals, {name: fsdp_layers.local(piece.parameter) for name, piece in self.pieces.items()}
 
     @property
     def _place(self) -> tuple[int, ...]:
@@ -262,23 +259,7 @@ class ShardedCompression:
                 f"residual of {text.format(*state['place'])}, this is {text.format(*self._place)}: continue with the "
                 "same mesh"
             )
-        saved, pieces = state["residuals"], self.pieces
-        differing = sorted(set(saved) ^ set(pieces))
-        if differing:
-            raise CheckpointError(
-                f"residuals of another model: {len(differing)} parameters differ, first {differing[0]!r}"
-            )
-        takeover.refuse_other_rules(state, {name: piece.residual.rule for name, piece in pieces.items()})
-        for name, entry in saved.items():
-            shape = fsdp_layers.local(pieces[name].parameter).shape
-            if entry["v"].shape != shape or ("u" in entry) != bool(pieces[name].residual.rule.momentum):
-                raise CheckpointError(
-                    f"residual of {name!r}: got shape {tuple(entry['v'].shape)} and {'a' if 'u' in entry else 'no'} "
-                    f"momentum, wanted {tuple(shape)} and momentum {pieces[name].residual.rule.momentum}"
-                )
-        for name, entry in saved.items():
-            u = entry["u"].reshape(-1) if "u" in entry else torch.zeros(0)
-            pieces[name].residual.load(u, entry["v"].reshape(-1), entry["settled"])
+        saved.load(state, *self._residuals())
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]

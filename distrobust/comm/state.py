@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn import Parameter
 
-from distrobust.comm import dense, takeover
+from distrobust.comm import dense, saved
 from distrobust.comm.ahead import StepAhead
 from distrobust.comm.bucket import Bucket, Exchange, Mean, Settings, Step, Verdict
 from distrobust.comm.exchange import EXCHANGES
-from distrobust.comm.flat import flat, flat_like, unflat
+from distrobust.comm.flat import flat
 from distrobust.comm.hierarchical import hierarchical, piece_size
 from distrobust.comm.job import Job
 from distrobust.comm.line import Part
@@ -317,17 +317,10 @@ class Compression:
     def state_dict(self) -> dict[str, Any]:
         """Residuals in the parameters' own shapes: memory format and buckets may differ when they are loaded."""
         self.step_back()  # whoever saves this saves the parameters too
-        residuals = {}
-        for name, residual in self.residuals.items():
-            shaped = {"v": self._shaped(residual.v, name)}
-            if residual.u.numel():
-                shaped["u"] = self._shaped(residual.u, name)
-            residuals[name] = {**shaped, "settled": residual.settled}
         transport = self.settings.transport
         return {
-            "residuals": residuals,
+            **saved.save(self.residuals, self._shapes),
             "density": (self.density.density, *self._measured) if self.measured_for else None,
-            "rules": takeover.to_save({name: residual.rule for name, residual in self.residuals.items()}),
             "step": self.step,
             "rank": transport.rank,
             "num_ranks": transport.num_ranks,
@@ -356,27 +349,7 @@ class Compression:
                 f"residual of local rank {state['local_rank']} of {state['num_local']}, here {local[0]} of {local[1]}: "
                 "continue a hierarchical exchange with the same workers on each machine"
             )
-        saved = state["residuals"]
-        differing = sorted(set(saved) ^ set(self.residuals))
-        if differing:
-            raise CheckpointError(
-                f"residuals of another model: {len(differing)} parameters differ, first {differing[0]!r}"
-            )
-        takeover.refuse_other_rules(state, {name: residual.rule for name, residual in self.residuals.items()})
-        for name, entry in saved.items():
-            wanted = self._shaped(self.residuals[name].v, name).shape
-            if entry["v"].shape != wanted:
-                raise CheckpointError(
-                    f"residual of {name!r}: got shape {tuple(entry['v'].shape)}, wanted {tuple(wanted)}"
-                )
-            if ("u" in entry) != bool(self.residuals[name].rule.momentum):
-                with_or_without = ("with", "without") if "u" in entry else ("without", "with")
-                raise CheckpointError(
-                    "residual of {!r}: saved {} momentum, this run is {} it".format(name, *with_or_without)
-                )
-        for name, entry in saved.items():
-            u = self._flat(entry["u"], name) if "u" in entry else torch.zeros(0)
-            self.residuals[name].load(u, self._flat(entry["v"], name), entry["settled"])
+        saved.load(state, self.residuals, self._shapes)
         found = state.get("density")
         if self.measured_for and found and tuple(found[1:]) == self._measured:
             self.density = replace(self.density, density=found[0])
@@ -392,12 +365,10 @@ class Compression:
         """What a measured density holds for: with another budget, or resized, it is measured anew."""
         return (self.measured_for, self.settings.transport.num_ranks)
 
-    def _shaped(self, values: Tensor, name: str) -> Tensor:
-        """A residual's values in the shape of the parameter; a piece of it stays flat."""
-        return values.clone() if self.settings.transport.local else unflat(values, self.parameters[name])
-
-    def _flat(self, values: Tensor, name: str) -> Tensor:
-        return values if self.settings.transport.local else flat_like(values, self.parameters[name])
+    @property
+    def _shapes(self) -> dict[str, Parameter]:
+        """Parameters whose residuals are whole."""
+        return {} if self.settings.transport.local else self.parameters
 
     def raise_cause(self) -> None:
         """After a backward() that raised: raises the exchange's error with its own type, if it was the exchange's."""

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from distrobust.comm.bucket import Observer
 from distrobust.compression.memory import Rule
-from distrobust.errors import CheckpointError, ConfigError
+from distrobust.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -170,24 +170,6 @@ def refuse_return(optimizer: torch.optim.Optimizer) -> None:
                 f"optimizer SGD: momentum {group['momentum']} and weight decay {group['weight_decay']} came back after "
                 "compress() had moved them, and would act twice: pass cycle_momentum=False to the learning-rate "
                 "schedule; load an optimizer state saved without compression before calling compress()"
-            )
-
-
-def to_save(rules: Mapping[str, Rule]) -> dict[str, tuple[float, bool, float]]:
-    """What each parameter's optimizer lost to its residual, to be saved beside it: momentum, nesterov, weight_decay."""
-    return {name: (rule.momentum, rule.nesterov, rule.weight_decay) for name, rule in rules.items()}
-
-
-def refuse_other_rules(state: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    """Raises CheckpointError unless the rules in a saved `state` are these; older states hold none."""
-    here, saved = to_save(rules), state.get("rules", {})
-    for name in here:
-        was = tuple(saved.get(name, here[name]))
-        if was != here[name]:
-            text = "momentum {}, nesterov {}, weight decay {}"
-            raise CheckpointError(
-                f"residual of {name!r}: saved with {text.format(*was)}, this run has {text.format(*here[name])}: call "
-                "compress() on a fresh optimizer, then load the states of both"
             )
 
 
