@@ -42,7 +42,19 @@ MINIMAL: dict[str, Any] = {"data": {"path": "somewhere"}}
         ({"faults": [{"kind": "slow", "rank": -1, "step": 1}]}, "faults.0.rank: wanted greater .* to 0, got -1"),
         ({"attack": {"eps": -0.1}}, "attack.eps: wanted greater than or equal to 0"),
         ({"train": {"epochs": 0}}, "train.epochs: wanted greater than or equal to 1, got 0"),
-        ({"train": {"nesterov": True, "momentum": 0}}, "train: nesterov needs a momentum above 0"),
+        (
+            {"train": {"nesterov": True, "momentum": 0}},
+            "train: nesterov needs .* a momentum above 0; got sgd, momentum 0",
+        ),
+        (
+            {"train": {"nesterov": True, "optimizer": "adamw"}},
+            "train: nesterov needs optimizer sgd .* got adamw, momentum 0.9",
+        ),
+        ({"train": {"optimizer": "adam"}}, "train.optimizer: wanted 'sgd', 'adamw' or 'lanton', got 'adam'"),
+        (
+            {"train": {"optimizer": "lanton"}, "compress": {"step_ahead": True}},
+            "compress.step_ahead: got train.optimizer lanton, wanted sgd",
+        ),
         ({"model": {"weights": "a.pt"}, "pretrain": {}}, "pretrain and model.weights exclude each other"),
         ({"cluster": {"workers": "two"}}, "cluster.workers: wanted a valid integer.*got 'two'"),
         (

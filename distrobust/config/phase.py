@@ -47,6 +47,9 @@ class PhaseConfig(Section):
     """Passes over the training rows; rows that fill no batch differ from epoch to epoch."""
     batch_size: Count = 256
     """Over all workers."""
+    optimizer: Literal["sgd", "adamw", "lanton"] = "sgd"
+    """sgd: the only one whose momentum goes into the residual, and that can step ahead; adamw and lanton keep their own
+    and want a peak of about 0.01."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over the phase."""
     accuracy_gradient: AccuracyGradientConfig | None = None
@@ -54,11 +57,11 @@ class PhaseConfig(Section):
     gradient_noise: Positive | None = None
     """Annealed Gaussian noise on the mean gradient: variance this / (1 + step)^0.55 a coordinate; null: none."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Of SGD; under compression it is momentum correction, in the residual."""
+    """Of SGD, where under compression it is momentum correction, in the residual; of LANTON; beta1 of AdamW."""
     nesterov: bool = False
     """Nesterov's form of it."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4
-    """Coupled (L2), added to the local gradient before it is accumulated."""
+    """Of SGD: coupled (L2), added to the local gradient before it is accumulated; of the others: decoupled."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Of the cross-entropy."""
     accumulate: Count = 1
@@ -74,13 +77,15 @@ class PhaseConfig(Section):
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> PhaseConfig:
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
+        if self.nesterov and not (self.momentum and self.optimizer == "sgd"):
+            got = f"got {self.optimizer}, momentum {self.momentum:g}"
+            raise ValueError(f"nesterov needs optimizer sgd and a momentum above 0; {got}")
         return self
 
 
 class NoiseConfig(Section):
     alpha: Positive = 0.1
-    """Noise (Frobenius norm of a gradient difference) at which a layer's rate begins to fall."""
+    """Noise at which a layer's rate begins to fall: a difference of gradients in the Frobenius norm, with optimizer
+    lanton in the dual of the layer's norm."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Average of the noise over time."""

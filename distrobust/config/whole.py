@@ -67,6 +67,15 @@ class Config(Section):
             raise ValueError(f"model.name {self.model.name} reads texts, and {given[0]} is for images; leave it out")
 
     @model_validator(mode="after")
+    def _pending_updates_are_known(self) -> Config:
+        if self.compress is not None and self.compress.step_ahead and self.train.optimizer != "sgd":
+            raise ValueError(
+                f"compress.step_ahead: got train.optimizer {self.train.optimizer}, wanted sgd, whose pending update "
+                "alone is its rate times the residual; set compress.step_ahead to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _retries_end_in_time(self) -> Config:
         wait, timeout = self.checkpoint.longest_wait_s, self.cluster.timeout_s
         if wait >= timeout:

@@ -70,7 +70,7 @@ class Lanton(Optimizer):
         _check(defaults, "Lanton")
         if noise not in NOISES:
             raise ConfigError(f"Lanton noise: got {noise!r}, wanted one of {', '.join(NOISES)}")
-        super().__init__(_groups_of(params, overrides) if isinstance(params, nn.Module) else params, defaults)
+        super().__init__(groups_of(params, overrides) if isinstance(params, nn.Module) else params, defaults)
         self._names: list[list[str]] = []  # beside the groups, not in them: a checkpoint may use others
         named: dict[str, Tensor] = {}
         by_name: dict[str, norms.Norm] = {}
@@ -124,6 +124,11 @@ class Lanton(Optimizer):
         """name -> sqrt(a / a_max), float32 scalars, with the noise as it is known now."""
         pairs = zip(self._names, self.param_groups, strict=True)
         return {name: ratio for names, group in pairs for name, ratio in self._ratios(names, group).items()}
+
+    def load_noise(self, state: Mapping[str, Any]) -> None:
+        """The noise of a `state_dict()` alone."""
+        if self.noise is not None:
+            self.noise.load_state_dict(state)
 
     def keep_independent(self) -> None:
         """Takes the gradients there are as G~ and clears them: same weights, samples that the step will not see."""
@@ -195,8 +200,8 @@ class Lanton(Optimizer):
             if i in state_dict["state"]:  # torch casts to the parameter's dtype
                 buffer = state_dict["state"][i]["momentum_buffer"]
                 self.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, torch.float32, copy=True)
-        if self.noise is not None and noise is not None:
-            self.noise.load_state_dict(noise)
+        if noise is not None:
+            self.load_noise(noise)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -214,7 +219,8 @@ def _scale(group: Mapping[str, Any], parameter: Tensor) -> float:
     return ADAMW_RMS / norms.entry_rms(group["norm"], parameter) if group.get("adjust_lr_fn") else 1.0
 
 
-def _groups_of(model: nn.Module, overrides: Mapping[str, str] | None) -> list[dict[str, Any]]:
+def groups_of(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """A torch parameter group for each norm, its parameters with their names."""
     parameters = trained_parameters(model)
     chosen = norms_of(model, overrides)
     log(f"Lanton: {describe(chosen, parameters)}")

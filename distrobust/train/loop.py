@@ -236,7 +236,7 @@ def _heartbeat(state: TrainState, phase: Phase, window: _Window) -> bool:
             "residual_norm_ratio": compression.residual_norm_ratio(),
             "nonfinite_steps": compression.skipped_steps,
             "layer_lr_ratio": mean_by_layer(last.ratios),
-            "layer_noise": {} if state.adaptive is None else norm_by_layer(state.adaptive.noise.by_name()),
+            "layer_noise": {} if state.noise is None else norm_by_layer(state.noise.by_name()),
             "samples": state.samples,
         }
     )

@@ -22,7 +22,9 @@ from distrobust.comm.transport import Transport
 from distrobust.config import CompressConfig, NoiseConfig, PhaseConfig
 from distrobust.optim.accuracy_gradient import AccuracyGradient
 from distrobust.optim.adaptive import NoiseAdaptive
-from distrobust.train import transfer
+from distrobust.optim.lanton import Lanton
+from distrobust.optim.noise import Noise
+from distrobust.train import optimizers, transfer
 from distrobust.train.checkpoint import Loaded, Position
 
 
@@ -41,11 +43,11 @@ class TrainState:
     position: Position
     net: nn.Module
     ddp: DistributedDataParallel
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     compression: Compression
     transport: Transport
     """Between all ranks; that of the exchange itself, which may be between machines, where it has one level."""
-    adaptive: NoiseAdaptive | None  # around `optimizer`
+    adaptive: NoiseAdaptive | Lanton | None  # around `optimizer`, or it itself
     accuracy_gradient: AccuracyGradient | None
     average: AveragedModel | None  # of the weights over time
     samples: int = 0
@@ -60,11 +62,16 @@ class TrainState:
     failed_checkpoints: int = 0  # by this process, in this phase
     slow: frozenset[int] = frozenset()  # ranks that were when last looked
 
+    @property
+    def noise(self) -> Noise | None:
+        """Of each layer's gradient, where rates follow it."""
+        return None if self.adaptive is None else self.adaptive.noise
+
     def ratios(self) -> dict[str, float]:
         """Each parameter's rate over the schedule's: multiplier times what its noise allows. Empty: 1 for all."""
         measured = {} if self.adaptive is None else self.adaptive.ratios
         names = dict.fromkeys([*self.multipliers, *measured])
-        return {name: self.multipliers.get(name, 1.0) * measured.get(name, 1.0) for name in names}
+        return {name: self.multipliers.get(name, 1.0) * float(measured.get(name, 1.0)) for name in names}
 
     def attacked(self, x: Tensor) -> nn.Module:
         """What attacks run on: `net`, with its batch norms folded where it can be done. x: any inputs."""
@@ -86,7 +93,7 @@ class TrainState:
         """The same on every rank."""
         return {
             "parameters": {name: p.detach() for name, p in self.net.named_parameters()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() | ({"noise": None} if self.optimizer is self.adaptive else {}),
             "accuracy_gradient": None if self.accuracy_gradient is None else self.accuracy_gradient.state_dict(),
             "samples": self.samples,
             "best": None if self.best is None else dataclasses.asdict(self.best),
@@ -98,7 +105,7 @@ class TrainState:
         return {
             "buffers": dict(self.net.named_buffers()),
             "compression": self.compression.state_dict(),
-            "noise": None if self.adaptive is None else self.adaptive.noise.state_dict(),
+            "noise": None if self.noise is None else self.noise.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "delta": self.delta,
         }
@@ -143,7 +150,7 @@ def make_state(
     rates: Mapping[str, float] | None = None,
     may_resize: bool = False,
 ) -> TrainState:
-    """A phase at its first step. Without `compress` the hook runs dense, which is DDP with SGD to the bit.
+    """A phase at its first step. Without `compress` the hook runs dense, which is DDP alone to the bit.
 
     transport: between all ranks. rates: see ModelConfig; parameters of `net` are frozen by it for good. may_resize:
     the run may go on with other workers, so a hierarchical exchange is not chosen for it.
@@ -151,14 +158,7 @@ def make_state(
     multipliers = transfer.multipliers(net, rates) if rates else {}
     frozen_norms = transfer.freeze_(net, multipliers) if rates else []
     ddp = _wrap(net, transport, device)
-    optimizer = torch.optim.SGD(
-        transfer.parameter_groups(net, multipliers, phase.schedule.peak) if rates else net.parameters(),
-        lr=phase.schedule.peak,
-        momentum=phase.momentum,
-        nesterov=phase.nesterov,
-        weight_decay=phase.weight_decay,
-    )
-    adaptive = NoiseAdaptive(optimizer, net, alpha=noise.alpha, beta2=noise.beta2) if noise else None
+    optimizer, adaptive = optimizers.make(net, phase, noise, multipliers)
     chosen = compress or CompressConfig(density=1.0)
     if may_resize and chosen.exchange == "auto" and not chosen.step_ahead:
         chosen = chosen.model_copy(update={"exchange": choice.flat_exchange(transport.num_ranks)})
@@ -168,6 +168,7 @@ def make_state(
         chosen.density,
         num_steps=num_steps,
         **chosen.model_dump(exclude={"density"}),
+        momentum="residual" if phase.optimizer == "sgd" else "optimizer",
         transport=None if chosen.exchange in ("auto", "hierarchical") else transport,
     )
     controller = AccuracyGradient(**phase.accuracy_gradient.model_dump()) if phase.accuracy_gradient else None

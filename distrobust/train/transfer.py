@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -57,17 +57,19 @@ def freeze_(model: nn.Module, found: Mapping[str, float]) -> list[nn.Module]:
     ]
 
 
-def parameter_groups(model: nn.Module, found: Mapping[str, float], rate: float) -> list[dict[str, Any]]:
-    """One group of torch.optim for each multiplier above 0, which it keeps as `rate_multiplier`."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    kinds = dict.fromkeys(found[name] for name in trained)
+def parameter_groups(
+    groups: Iterable[Mapping[str, Any]], found: Mapping[str, float], rate: float
+) -> list[dict[str, Any]]:
+    """Groups of torch.optim with named parameters, cut by multiplier, which each part keeps as `rate_multiplier`."""
     return [
         {
-            "params": [parameter for name, parameter in trained.items() if found[name] == multiplier],
+            **group,
+            "params": [(name, parameter) for name, parameter in group["params"] if found.get(name, 1.0) == multiplier],
             "lr": rate * multiplier,
             "rate_multiplier": multiplier,
         }
-        for multiplier in kinds
+        for group in groups
+        for multiplier in dict.fromkeys(found.get(name, 1.0) for name, _ in group["params"])
     ]
 
 
