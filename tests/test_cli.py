@@ -88,22 +88,22 @@ def test_evaluate_prints_attack_budget_seed_count_interval_and_flags(
     save_model_file(tmp_path / "model.pt", build_model("cnn", source, 0), "cnn", source)
     threads = torch.get_num_threads()
     options = ["--data", str(tmp_path / "digits"), "--eps", "0.1", "--steps", "2", "--images", "40", "--threads", "1"]
-    options += ["--curve-eps", "0.05,0.1", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
+    options += ["--restarts", "3", "--curve-eps", "0.05,0.1"]
+    options += ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
     assert _run("evaluate", str(tmp_path / "model.pt"), *options, monkeypatch=monkeypatch) == 0
     assert torch.get_num_threads() == threads == 1
     lines = capsys.readouterr().out.splitlines()
     numbers = [line for line in lines if " %" in line]
-    for line, attack in zip(
-        numbers,
-        ["clean", "PGD-2 Linf 0.1", "PGD-2 Linf 0.05", "PGD-2 Linf 0.1", "PGD-10 Linf 0.1", "PGD-2 Linf 0.5"],
-        strict=False,
-    ):
+    attacks = ["clean", "PGD-2 x 3 Linf 0.1", "PGD-2 x 3 Linf 0.05"]
+    attacks += ["PGD-2 Linf 0.1", "PGD-10 x 3 Linf 0.1", "PGD-2 Linf 0.5"]  # known of the first; two checks
+    for line, attack in zip(numbers, attacks, strict=False):
         assert line.startswith(attack)
     assert numbers[-1].startswith("Expected robustness over Linf 0 .. 0.1 (PGD-2): ")
     for line in numbers:
         for part in ("n = 40", "seed 0", "95 % interval", "flags: few samples"):
             assert part in line
-    (per_class,) = [line for line in lines if line.startswith("Per class, PGD-2 Linf 0.1, seed 0, flags: few samples")]
+    per_class_of_pgd = "Per class, PGD-2 x 3 Linf 0.1, seed 0, flags: few samples"
+    (per_class,) = [line for line in lines if line.startswith(per_class_of_pgd)]
     assert re.search(r": 0 \d+/\d+, 1 \d+/\d+", per_class)
     assert any(line.startswith("Flag: few samples: 40, fewer than 1000") for line in lines)
     assert any(line.startswith("      do: evaluate more images") for line in lines)

@@ -1,10 +1,10 @@
-"""Real processes, interrupted: Ctrl-C writes a checkpoint and leaves."""
+"""Real processes, interrupted: Ctrl-C writes a checkpoint and leaves; the same command ends with the same bits."""
 
 import signal
 from pathlib import Path
 
 import pytest
-from harness.commands import finish, records, train, wait_for
+from harness.commands import assert_same_models, finish, records, train, wait_for
 
 
 @pytest.mark.procs
@@ -29,10 +29,12 @@ def test_ctrl_c_checkpoints_and_leaves(job_file: Path, tmp_path: Path, launcher:
     assert "a checkpoint was written, start again to continue" in output
     assert process.returncode == 130
     assert len(list((run / "checkpoints").glob("1-train-*"))) >= 1
-    process = train(job_file, *options)
-    output = finish(process)
-    assert process.returncode == 0, output
+    whole = tmp_path / "whole"
+    for process in (train(job_file, *options), train(job_file, *options, "--set", f"run.dir={whole}")):
+        output = finish(process)
+        assert process.returncode == 0, output
     assert records(run, "run")[-1]["resumed_step"] >= 3
+    assert_same_models(run, whole)
 
 
 @pytest.mark.ray

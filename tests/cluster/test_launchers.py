@@ -7,26 +7,28 @@ from pathlib import Path
 import pytest
 from harness.commands import assert_same_models, finish, records, scraped, train, wait_for
 
+LONG = ("--set", "train.epochs=6")  # 48 steps: still under way when a test has seen the first ones
+
 
 @pytest.mark.procs
 @pytest.mark.timeout(300)
 def test_torchrun_runs_the_same_function_and_a_killed_rank_loses_nothing(job_file: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    process = train(job_file, "--launcher", "torchrun", "--set", f"run.dir={whole}")
+    process = train(job_file, "--launcher", "torchrun", *LONG, "--set", f"run.dir={whole}")
     output = finish(process)
     assert process.returncode == 0, output
     last = records(whole, "step")[-1]
     assert last["dense_bytes"] > 8 * last["sent_bytes"] > 0
 
     run = tmp_path / "run"
-    process = train(job_file, "--launcher", "torchrun")
+    process = train(job_file, "--launcher", "torchrun", *LONG)
     wait_for(lambda: any(r["step"] >= 7 for r in records(run, "step")))
     for rank in (0, 1):
         assert scraped(run, rank, "distrobust_comm_sent_bytes_total") > 0
     os.kill(records(run, "run")[-1]["pid"], signal.SIGKILL)
     output = finish(process)
     assert process.returncode != 0
-    process = train(job_file, "--launcher", "torchrun")
+    process = train(job_file, "--launcher", "torchrun", *LONG)
     output = finish(process)
     assert process.returncode == 0, output
     assert records(run, "run")[-1]["resumed_step"] >= 6
@@ -37,12 +39,12 @@ def test_torchrun_runs_the_same_function_and_a_killed_rank_loses_nothing(job_fil
 @pytest.mark.timeout(300)
 def test_ray_brings_a_killed_worker_back_to_the_same_bits(job_file: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    process = train(job_file, "--launcher", "torchrun", "--set", f"run.dir={whole}")
+    process = train(job_file, "--launcher", "torchrun", *LONG, "--set", f"run.dir={whole}")
     output = finish(process)
     assert process.returncode == 0, output
 
     run = tmp_path / "run"
-    process = train(job_file)
+    process = train(job_file, *LONG)
     wait_for(lambda: any(r["step"] >= 5 for r in records(run, "step")))
     os.kill(records(run, "run")[-1]["pid"], signal.SIGKILL)
     output = finish(process)
@@ -95,14 +97,14 @@ def test_a_users_mistake_found_by_a_ray_worker_is_one_line_and_exit_code_2(job_f
 @pytest.mark.timeout(300)
 def test_a_run_continues_with_another_number_of_workers(job_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = train(job_file, "--launcher", "torchrun")
+    process = train(job_file, "--launcher", "torchrun", *LONG)
     wait_for(lambda: any(r["step"] >= 7 for r in records(run, "step")))
     process.send_signal(signal.SIGINT)
     output = finish(process)
     assert process.returncode == 130, output
-    process = train(job_file, "--launcher", "local", "--set", "cluster.workers=1")
+    process = train(job_file, "--launcher", "local", "--set", "cluster.workers=1", *LONG)
     output = finish(process)
     assert process.returncode == 0, output
     assert [r["world_size"] for r in records(run, "run")] == [2, 1]
     assert records(run, "run")[-1]["resumed_step"] >= 7
-    assert records(run, "step")[-1]["step"] == 16
+    assert records(run, "step")[-1]["step"] == 48

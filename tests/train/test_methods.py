@@ -76,20 +76,28 @@ def test_free_training_takes_every_batch_as_often_as_it_says(
     assert all(torch.equal(batches[i], batches[i + 1]) == (i % 2 == 0) for i in range(7))
 
 
+def test_the_radius_rises_over_its_share_of_the_phase(make_config: MakeConfig) -> None:
+    config = make_config("pretrain=null", "attack.eps=0.08", "attack.ramp=0.5", "metrics.every=1")
+    run_job(config)
+    of_steps = [0.08 * min(1.0, step / 8 / 0.5) for step in range(8)]
+    assert [r["eps"] for r in records_of(config, "step")] == pytest.approx(of_steps)
+
+
+@pytest.mark.parametrize(("every", "steps"), [("null", [4, 8]), ("3", [3, 4, 6, 8])])
+def test_overfitting_is_looked_for_at_the_end_of_every_epoch(
+    make_config: MakeConfig, every: str, steps: list[int]
+) -> None:
+    config = make_config("pretrain=null", f"attack.watch_every={every}", "attack.eps=0.08", "attack.ramp=0.5")
+    run_job(config)
+    looks = records_of(config, "watch")
+    assert [r["step"] for r in looks] == steps
+    assert [r["eps"] for r in looks] == pytest.approx([0.08 * min(1.0, (step - 1) / 4) for step in steps])
+
+
 def test_steps_of_pgd_rise_over_the_phase(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spied_attacks(monkeypatch)
     run_job(make_config("pretrain=null", "attack.steps=5", "attack.first_steps=1"))
     assert [attack.steps for attack in seen] == [1, 2, 2, 2, 3, 4, 4, 4]  # round(1 + 4 step / 8)
-
-
-def test_micro_batches_are_one_exchange_of_the_same_examples(make_config: MakeConfig) -> None:
-    runs = []
-    for num in (1, 4):
-        config = make_config("pretrain=null", f"train.accumulate={num}", f"run.dir={make_config().run.dir}-{num}")
-        run_job(config)
-        runs.append(records_of(config, "step"))
-    assert [r["sent_bytes"] for r in runs[0]] == [r["sent_bytes"] for r in runs[1]]
-    assert [r["samples"] for r in runs[0]] == [r["samples"] for r in runs[1]]
 
 
 def test_more_micro_batches_than_images_are_refused(make_config: MakeConfig) -> None:

@@ -4,14 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distrobust.errors import CheckpointError, ConfigError, DataError
 from distrobust.train import checkpoint, loop
+from distrobust.train.checkpoint import Position
 from distrobust.train.rundir import RunDirectory
 from distrobust.train.state import TrainState
 from distrobust.train.step import StepResult, train_step
 from tests.harness.jobs import Crash, assert_equal, records_of, run_job, weights_of
+from tests.harness.ranks import Rank, run_ranks
 from tests.train.conftest import MakeConfig
+from tests.train.test_transfer import state_of, step
 
 
 # 128 training rows, batches of 32: 4 steps of pretrain, 8 of train; checkpoints after every second step
@@ -158,3 +162,38 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_training_goes_on(
     counts = [r["failures"] for r in records_of(config, "checkpoint_failed") if r["phase"] == "train"]
     assert counts == list(range(1, len(counts) + 1))
     assert counts
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3)])
+def test_what_waits_in_the_residuals_outlives_a_change_of_workers(before: int, after: int) -> None:
+    """sum(v) / N and sum(u) / N stay; a value is scaled and rounded once."""
+
+    def first(rank: Rank) -> TrainState:
+        state = state_of(rank, None, density=0.05, warmup=0.0)
+        for number in range(2):
+            step(state, number, rank.rank)
+        return state
+
+    states = run_ranks(before, first)
+    shared, own = states[0].shared(), [state.own() for state in states]
+
+    def second(rank: Rank) -> TrainState:
+        state = state_of(rank, None, density=0.05, warmup=0.0)
+        state.load(checkpoint.Loaded(Position(1, "train", 2), shared, own, was_resized=True))
+        return state
+
+    resized = run_ranks(after, second)
+    assert {state.compression.step for state in resized} == {2}
+    for state in resized:
+        assert_equal(dict(state.net.named_parameters()), dict(states[0].net.named_parameters()))  # type: ignore[arg-type]
+    waiting = 0.0
+    for name in states[0].compression.residuals:
+        for key in ("u", "v"):
+            old, new = (
+                sum(getattr(s.compression.residuals[name], key) for s in all_ranks) / len(all_ranks)
+                for all_ranks in (states, resized)
+            )
+            torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6 * float(old.abs().max()))
+            waiting += float(old.abs().sum())
+    assert waiting > 0

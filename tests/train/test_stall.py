@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,9 +17,9 @@ from tests.train.conftest import MakeConfig
 
 
 def test_without_a_stall_nothing_is_left(tmp_path: Path) -> None:
-    with stall.watched(tmp_path / "stacks", 1, after_s=0.4) as watch:
-        for _ in range(12):
-            time.sleep(0.05)
+    with stall.watched(tmp_path / "stacks", 1, after_s=3) as watch:
+        for _ in range(35):
+            time.sleep(0.1)
             watch.beat()
     assert list((tmp_path / "stacks").iterdir()) == []
 
@@ -34,9 +35,9 @@ def test_a_stall_leaves_the_stacks_and_the_next_beat_says_for_how_long(
     [file] = tmp_path.iterdir()
     assert file.name.startswith("rank-1-")
     assert file.read_text().count("in _hang") == 2
-    said = [record.getMessage() for record in caplog.records]
+    said = [re.match(r"rank 1: nothing got on for (\S+) s; stacks: ", r.getMessage()) for r in caplog.records]
     assert len(said) == 2
-    assert all(text.startswith("rank 1: nothing got on for 0.5 s; stacks: ") for text in said)
+    assert all(match is not None and 0.5 <= float(match[1]) < 10 for match in said)
 
 
 def test_a_beat_costs_next_to_nothing(tmp_path: Path) -> None:

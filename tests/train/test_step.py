@@ -1,6 +1,7 @@
 """One training step on several ranks: whatever it does to the weights inside, between steps they are shared."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -37,3 +38,23 @@ def test_after_a_step_all_ranks_hold_the_same_weights(
 
     one, two = run_ranks(2, body)
     assert_equal(one, two)
+
+
+@pytest.mark.ranks
+def test_micro_batches_are_one_exchange_of_the_same_examples() -> None:
+    def body(rank: Rank, num: int) -> tuple[list[Tensor], Tensor, list[int]]:
+        state = state_of(rank, None, density=0.05, warmup=0.0)
+        recipe = dataclasses.replace(RECIPE, phase=PHASE.model_copy(update={"accumulate": num}))
+        seen: list[Tensor] = []
+        state.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        generator = torch.Generator().manual_seed(rank.rank)
+        images = torch.randint(0, 256, (8, 1, 8, 8), generator=generator, dtype=torch.uint8)
+        train_step(state, images, torch.arange(8) % 4, recipe, rank.rank)
+        return seen, images, [state.compression.step, state.compression.sent_bytes, state.compression.dense_bytes]
+
+    whole, parts = (run_ranks(2, functools.partial(body, num=num)) for num in (1, 4))
+    for (_, _, once), (seen, images, counts) in zip(whole, parts, strict=True):
+        assert counts == once
+        assert min(counts) > 0
+        assert [len(one) for one in seen] == [2] * 4
+        assert torch.equal(torch.cat(seen), images.float() / 255)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distrobust.adversarial.attacks import evaluation_mode
 from distrobust.comm.transport import Transport
 from distrobust.config import CompressConfig, NoiseConfig, PhaseConfig
 from distrobust.errors import ConfigError
@@ -257,18 +258,28 @@ def test_the_order_of_patterns_is_part_of_a_run(make_config: MakeConfig) -> None
 
 
 def test_frozen_layers_do_not_change_what_attacks_see(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first layers may be frozen: the images' gradients still go through them."""
+    """The first layers may be frozen: the images' gradients still go through them, as through a model that is not."""
     config = make_config("model.rates={'stem.*': 0, 'layer1.*': 0}", "noise=null", "pretrain=null")
-    attacked: list[float] = []
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def gradient(net: nn.Module, images: Tensor) -> Tensor:
+        x = (images.float() / 255).requires_grad_()
+        with evaluation_mode(net):
+            net(x)[:, 0].sum().backward(inputs=[x])
+        assert x.grad is not None
+        return x.grad
 
     def watching(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe, rank: int) -> StepResult:
-        x = (images.float() / 255).requires_grad_()
-        state.net(x).sum().backward(inputs=[x])
-        assert x.grad is not None
-        attacked.append(float(x.grad.abs().max()))
+        alike = build("cnn", 4, (1, 8, 8), [0.5], [0.25], seed=0)
+        alike.load_state_dict(state.net.state_dict())
+        attacked = state.attacked(images.float() / 255)
+        assert attacked is not state.net
+        found.append((gradient(attacked, images), gradient(alike, images)))
         return train_step(state, images, labels, recipe, rank)
 
     monkeypatch.setattr(loop, "train_step", watching)
     run_job(config)
-    assert attacked
-    assert min(attacked) > 0
+    assert len(found) == 8
+    for seen, wanted in found:
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(seen, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
