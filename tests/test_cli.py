@@ -5,15 +5,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from distrobust import cli
 from distrobust.adversarial.threat import Norm
+from distrobust.cli import jobs
 from distrobust.evaluation.suite import Name
+from distrobust.train import launch
 from distrobust.train.modelfile import build_model, save_model_file
+from distrobust.train.rundir import Outcome, RunDirectory
 
 
 def _run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -132,3 +135,30 @@ def test_plots_without_matplotlib_say_what_to_install(
 def test_python_dash_m_is_the_same_program() -> None:
     ran = subprocess.run([sys.executable, "-m", "distrobust", "--version"], capture_output=True, text=True)
     assert ran.stdout.startswith("distrobust, version ")
+
+
+@pytest.mark.parametrize(("restarts", "status", "code"), [("0", "stopped", 0), ("1", "stopped", 0), ("1", "failed", 2)])
+def test_torchrun_is_told_of_no_failure_that_a_restart_could_mend(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, restarts: str, status: str, code: int
+) -> None:
+    """A run that was stopped leaves with 0; what ended an earlier start of the same torchrun still stands."""
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in {**given, "TORCHELASTIC_RESTART_COUNT": restarts}.items():
+        monkeypatch.setenv(name, value)
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.stop.touch()
+    directory.write_outcome(Outcome(status, "ConfigError" if status == "failed" else ""))
+    found: list[tuple[bool, Outcome | None]] = []
+
+    def run(*_: Any) -> Outcome:
+        found.append((directory.stop.exists(), directory.outcome()))
+        return Outcome(status, "ConfigError" if status == "failed" else "", "step 3; a checkpoint was written")
+
+    monkeypatch.setattr(launch, "run_under_torchrun", run)
+    monkeypatch.setattr(jobs, "_report", lambda _: None)
+    job = tmp_path / "job.yaml"
+    job.write_text(f"data: {{path: x}}\nrun: {{dir: {directory.path}}}\n")
+    assert _run("train", str(job), monkeypatch=monkeypatch) == code
+    is_first = restarts == "0"
+    assert [(stop, outcome is None) for stop, outcome in found] == [(not is_first, is_first)]

@@ -29,6 +29,7 @@ MINIMAL: dict[str, Any] = {"data": {"path": "somewhere"}}
             "compress.values: wanted 'fp32', 'fp16', 'bf16', 'int8', '4bit', '2bit' or 'sign', got 'fp8'",
         ),
         ({"attack": {"eps": 8}}, "eps 8 is above 1 for inputs in .* did you mean 8/255"),
+        ({"attack": {"eps": 8}, "model": {"name": "cnn"}}, "attack.eps 8 is above 1"),
         ({"attack": {"eps": "8/0"}}, "attack.eps: .*got '8/0'"),
         ({"attack": {"eps": f"{10**400}/255"}}, "attack.eps: wanted a valid number"),
         ({"attack": {"eps": "1e400"}}, "attack.eps: wanted a finite number, got '1e400'"),
@@ -157,3 +158,8 @@ def test_a_run_is_bound_to_what_changes_its_parameters_and_nothing_else() -> Non
         {"train": {"epochs": 9}},
     ):
         assert config.parse({**MINIMAL, **change}, "c").identity() != first.identity()
+
+
+def test_an_embedding_of_texts_has_no_box() -> None:
+    values = {**MINIMAL, "model": {"name": "transformer"}, "attack": {"eps": 1.5}, "evaluate": {"eps": 2}}
+    assert config.parse(values, "job.yaml").attack.eps == 1.5  # type: ignore[union-attr]

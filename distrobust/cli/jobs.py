@@ -34,8 +34,8 @@ def train(file: Path, overrides: tuple[str, ...], launcher: str | None) -> None:
     if launch.is_torchrun():
         first = os.environ["RANK"] == "0"
         with directory.held() if first else contextlib.nullcontext():
-            if first:
-                directory.open(config)
+            if first and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                directory.open(config)  # not again: what ended the earlier start, or was asked of it, still holds
             with _console() as console:
                 outcome = launch.run_under_torchrun(config, [console] if first else [])
         outcome.raise_if_failed()  # each rank for itself: the others may not have met the error
@@ -166,12 +166,14 @@ def _finish(directory: RunDirectory, outcome: Outcome) -> None:
     """Report and summary, or the error, or how to continue."""
     from distrobust.metrics import jsonl
     from distrobust.metrics.console import print_summary
+    from distrobust.train import launch
 
     outcome.raise_if_failed()
     report_path = _report(directory.path)
     if outcome.status == "stopped":
         print(f"stopped at {outcome.text}, start again to continue", file=sys.stderr)
-        sys.exit(130)  # as a shell says of a program ended by Ctrl-C: the job is not complete
+        # as a shell says of a program ended by Ctrl-C; torchrun would take it for a failure and start anew
+        sys.exit(0 if launch.is_torchrun() else 130)
     print_summary(jsonl.read(directory.metrics), sys.stdout, report_path)
 
 

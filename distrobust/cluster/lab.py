@@ -90,8 +90,9 @@ class RayLab:
     def remove(self, number: int) -> None:
         """Ends a host as if its power failed; the head's takes all commands with it."""
         self.switch.remove(number)
-        self._nodes.pop(number).wait()
-        self._logs.pop(number).close()
+        if number in self._nodes:  # otherwise the host came about only in part
+            self._nodes.pop(number).wait()
+            self._logs.pop(number).close()
         if number == HEAD:
             for process in self._commands:
                 process.wait()

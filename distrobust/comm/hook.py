@@ -101,10 +101,11 @@ def attach(
     else:
         taken = takeover.leave_in_place(optimizers, parameters, clip=clip)
     adaptive = takeover.noise_adaptive(optimizer)
-    wants = {"step-ahead": step_ahead, "noise": adaptive is not None, "clip": clip is not None, "dense": density == 1.0}
+    measures = adaptive is not None and adaptive.noise is not None
+    wants = {"step-ahead": step_ahead, "noise": measures, "clip": clip is not None, "dense": density == 1.0}
     needs = next((name for name, is_so in wants.items() if is_so), "")
     chosen = choice.choose(exchange, _group_of(model), transport, needs, next(iter(parameters.values())).device)
-    _refuse_combinations(chosen, step_ahead, adaptive is not None, clip)
+    _refuse_combinations(chosen, step_ahead, measures, clip)
     observer: Observer | None = None
     if adaptive is not None:
         observer = adaptive.observer_for(chosen.transport.num_ranks, density == 1.0, parameters)
@@ -169,7 +170,7 @@ def _group_of(model: DistributedDataParallel) -> ProcessGroup | None:
     return None if dist.is_initialized() and group == dist.group.WORLD else group
 
 
-def _refuse_combinations(chosen: choice.Choice, step_ahead: bool, adapts: bool, clip: float | None) -> None:
+def _refuse_combinations(chosen: choice.Choice, step_ahead: bool, measures: bool, clip: float | None) -> None:
     levels = chosen.transport.local is not None
     if step_ahead and (levels or chosen.exchange != "all_gather"):
         raise ConfigError(
@@ -181,7 +182,7 @@ def _refuse_combinations(chosen: choice.Choice, step_ahead: bool, adapts: bool, 
             "compress.clip: a worker knows the norm of only a piece of each gradient in a hierarchical exchange; set "
             "compress.exchange to all_gather or sharded, or compress.clip to null"
         )
-    if adapts and levels:
+    if measures and levels:
         raise ConfigError(
             "noise: a worker sees only a piece of each gradient in a hierarchical exchange; set compress.exchange to "
             "all_gather or sharded, or noise to null"

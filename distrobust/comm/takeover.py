@@ -28,6 +28,7 @@ class NoiseAdaptive(Protocol):
     """An optimizer whose rates follow each layer's gradient noise, which an exchange measures before it compresses."""
 
     ratios: Mapping[str, Any]  # of the last step, by parameter
+    noise: Any  # None: it measures none
 
     def observer_for(self, num_ranks: int, always_dense: bool, parameters: Mapping[str, Parameter]) -> Observer | None:
         """What is to be called on every gradient of `parameters`, whose names here the optimizer takes on.

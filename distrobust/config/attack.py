@@ -48,8 +48,6 @@ class AttackConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> AttackConfig:
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps {self.eps:g} is above 1 for inputs in [0, 1]; did you mean {self.eps:g}/255?")
         if self.first_steps is not None and (self.name != "pgd" or self.first_steps > self.steps):
             raise ValueError(f"first_steps goes with name pgd and is at most steps ({self.steps})")
         if self.name == "free" and (self.loss != "pgd_at" or self.step_size is not None):

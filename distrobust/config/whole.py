@@ -49,9 +49,16 @@ class Config(Section):
             raise ValueError("pretrain and model.weights exclude each other; set one of them to null")
         if self.model.reads_text:
             self._check_text()
-        eps = self.evaluate.eps
-        if self.attack is not None and self.attack.norm == "linf" and eps is not None and eps > 1:
-            raise ValueError(f"evaluate.eps {eps:g} is above 1 for inputs in [0, 1]; did you mean {eps:g}/255?")
+        return self
+
+    @model_validator(mode="after")
+    def _linf_budgets_fit_into_the_box(self) -> Config:
+        """An embedding of texts has none."""
+        if self.attack is None or self.attack.norm != "linf" or self.model.reads_text:
+            return self
+        for name, eps in (("attack.eps", self.attack.eps), ("evaluate.eps", self.evaluate.eps)):
+            if eps is not None and eps > 1:
+                raise ValueError(f"{name} {eps:g} is above 1 for inputs in [0, 1]; did you mean {eps:g}/255?")
         return self
 
     def _check_text(self) -> None:

@@ -48,7 +48,7 @@ TABLE: tuple[Metric, ...] = (
     Metric("distrobust_workers", "gauge", "workers", "run", "world_size", WHO,
            "Ranks that train one model."),
     Metric("distrobust_parameters", "gauge", "parameters", "run", "num_parameters", WHO,
-           "Trainable parameters of the model."),
+           "Parameters of the model."),
     Metric("distrobust_worker_restarts_total", "counter", "restarts", "run", "restarts", WHO,
            "Earlier starts of this run that this start continues."),
     Metric("distrobust_planned_steps", "gauge", "steps", "phase", "num_steps", PHASE,

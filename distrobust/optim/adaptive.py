@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from distrobust.errors import CheckpointError, ConfigError
 from distrobust.optim.groups import dense_gradients, log, trained_parameters
 from distrobust.optim.noise import Noise, SpreadNoise, TemporalNoise
 from distrobust.optim.rates import check_alpha, rate_ratios
+
+_NEW = object()
 
 
 class NoiseAdaptive(Optimizer):
@@ -44,6 +46,8 @@ class NoiseAdaptive(Optimizer):
     ) -> None:
         check_alpha(alpha)
         self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        if any(isinstance(one, LBFGS) for one in self.optimizers):
+            raise ConfigError("NoiseAdaptive: got LBFGS, which moves all layers by one rate; wanted another optimizer")
         parameters = trained_parameters(model)
         self.alpha = alpha
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
@@ -119,9 +123,8 @@ class NoiseAdaptive(Optimizer):
         finally:
             optimizer.param_groups = own
         for (group, alone), rate in zip(split, given, strict=True):
-            changed = [
-                key for key in alone if key not in ("params", "param_names", "lr") and alone[key] is not group[key]
-            ]
+            kept = ("params", "param_names", "lr")
+            changed = [key for key in alone if key not in kept and alone[key] is not group.get(key, _NEW)]
             if alone["lr"] is not rate or changed:
                 what = "its learning rate" if alone["lr"] is not rate else f"its {changed[0]!r}"
                 raise ConfigError(

@@ -86,6 +86,11 @@ class Lanton(Optimizer):
                         f"Lanton, group {number}: got norm {norm!r}, wanted one of {', '.join(norms.NORMS)}; or pass "
                         "the model instead of its parameters"
                     )
+                if name in named:
+                    raise ConfigError(
+                        f"Lanton, group {number}: got the name {name!r} a second time; pass parameters without names, "
+                        "or the names they have in one model"
+                    )
                 named[name], by_name[name] = parameter, norm
         self.noise: Noise | None = None
         if noise == "previous":
@@ -93,6 +98,11 @@ class Lanton(Optimizer):
         elif noise == "independent":
             self.noise = IndependentNoise(named, by_name, beta2)
         self._is_observed = False  # an exchange measures the noise, before it compresses
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "_names"):
+            raise ConfigError("Lanton: its noise is of the parameters it was made with; make it anew to add others")
+        super().add_param_group(param_group)
 
     def observer_for(self, num_ranks: int, always_dense: bool, parameters: Mapping[str, Tensor]) -> Noise | None:
         """What an exchange shall call on every gradient of `parameters`, in every step; `step` measures no more.

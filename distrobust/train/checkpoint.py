@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -148,7 +149,7 @@ def load(root: Path, transport: Transport) -> Loaded | None:
     A damaged one is named in the notices and the log, and the one before is taken. Raises CheckpointError if there
     are checkpoints but none is usable.
     """
-    candidates = sorted((p for p in root.glob("[0-9]-*") if p.is_dir()), reverse=True) if root.exists() else []
+    candidates = _in_order(root)[::-1]
     damaged: list[Path] = []
     notices: list[str] = []
     for directory in candidates:
@@ -217,10 +218,17 @@ def _publish(hidden: Path, final: Path, position: Position, rows: torch.Tensor) 
 
 
 def _prune(root: Path, keep: int) -> None:
-    for old in sorted(root.glob("[0-9]-*"))[:-keep]:
+    for old in _in_order(root)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     for abandoned in root.glob(".[0-9]-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def _in_order(root: Path) -> list[Path]:
+    """Checkpoints from the oldest to the newest; a step may have more digits than its name has places."""
+    found = [(re.fullmatch(r"(\d)-[a-z]+-(\d+)", path.name), path) for path in root.glob("[0-9]-*") if path.is_dir()]
+    placed = [((int(match[1]), int(match[2])), path) for match, path in found if match is not None]
+    return [path for _, path in sorted(placed)]
 
 
 def _read(directory: Path, transport: Transport) -> Loaded:
@@ -232,6 +240,6 @@ def _read(directory: Path, transport: Transport) -> Loaded:
         data = (directory / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
             raise ValueError(f"{name} does not match its digest")
-        contents.append(torch.load(io.BytesIO(data), weights_only=True))
+        contents.append(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     position = Position(manifest["ordinal"], manifest["phase"], manifest["step"])
     return Loaded(position, contents[0], contents[1:], resized)

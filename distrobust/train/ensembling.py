@@ -208,11 +208,14 @@ class _Mixer:
 
 
 def _split_of(path: Path) -> tuple[float, int] | None:
-    """(data.held_out, run.seed) of the run in whose models/ the file lies; None if there is no such run."""
+    """(data.held_out, run.seed) of the run of `train` in whose models/ the file lies; None if there is no such run."""
     file = path.absolute().parent.parent / "config.yaml"
     if not file.exists():
         return None
-    config = configuration.load(file)
+    try:
+        config = configuration.load(file)
+    except ConfigError:
+        return None
     return config.data.held_out, config.run.seed
 
 

@@ -29,7 +29,7 @@ def evaluate(job: Job, workers: int = 1, progress: Progress | None = None) -> di
         rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if workers != 1:
             raise ConfigError(f"--workers {workers}: torchrun has started {num_ranks} already; leave --workers out")
-    _set_threads(job, max(workers, num_ranks))
+    _set_threads(job, int(os.environ["LOCAL_WORLD_SIZE"]) if num_ranks > 1 else workers)
     opened = Opened(job)
     opened.directory.open(opened.settings())
     if workers > 1:
@@ -43,9 +43,10 @@ def evaluate(job: Job, workers: int = 1, progress: Progress | None = None) -> di
     return record(opened)
 
 
-def _set_threads(job: Job, num_ranks: int) -> None:
-    if job.threads or num_ranks > 1:
-        torch.set_num_threads(job.threads or max(1, (os.cpu_count() or 1) // num_ranks))
+def _set_threads(job: Job, num_local: int) -> None:
+    """num_local: ranks on this machine, which share its cores."""
+    if job.threads or num_local > 1:
+        torch.set_num_threads(job.threads or max(1, (os.cpu_count() or 1) // num_local))
 
 
 def _complete(opened: Opened, progress: Progress | None) -> bool:

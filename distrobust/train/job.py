@@ -80,8 +80,9 @@ def run(config: Config, device: torch.device, extra_sinks: list[Sink]) -> Outcom
             stop_requests(directory) as stop_requested,
         ):
             starts = _earlier_starts(directory)
+            sinks = Fanout(*outputs.files(config, directory))
             exporter = outputs.exporter(config, directory)
-            sinks = Fanout(*outputs.files(config, directory), *([exporter] if exporter else []), *extra_sinks)
+            sinks = Fanout(*sinks.sinks, *([exporter] if exporter else []), *extra_sinks)
             notices = [exporter.notice] if exporter and exporter.notice else []
             outcome = _Job(config, device, directory, sinks, stop_requested, starts, notices, watch.beat).run()
     except CommError:

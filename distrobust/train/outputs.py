@@ -39,6 +39,8 @@ def exporter(config: Config, directory: RunDirectory) -> Exporter | None:
     if config.metrics.port is None:
         return None
     rank = dist.get_rank()
+    if rank == 0:
+        _forget_targets(directory, dist.get_world_size())
     made = Exporter(
         directory.path.name,
         rank,
@@ -52,3 +54,11 @@ def exporter(config: Config, directory: RunDirectory) -> Exporter | None:
     if made.notice:
         _log.warning(made.notice)
     return made
+
+
+def _forget_targets(directory: RunDirectory, num_ranks: int) -> None:
+    """Of ranks that an earlier start had and this one has not: those that were killed have left theirs."""
+    for path in directory.targets.glob("rank-*.json"):
+        number = path.stem.removeprefix("rank-")
+        if number.isdecimal() and int(number) >= num_ranks:
+            path.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -115,8 +116,13 @@ class RunDirectory:
         return Outcome(**values)
 
 
+def own_name(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else has; processes of other hosts may have this one's number."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """The file holds either its old or its new text, also if this process dies meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = own_name(path)
     temporary.write_text(text)
     os.replace(temporary, path)

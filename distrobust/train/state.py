@@ -134,7 +134,8 @@ class TrainState:
         self.samples = loaded.shared["samples"]
         self.best = Best(**loaded.shared["best"]) if loaded.shared["best"] else None
         self.collapsed = loaded.shared["collapsed"]
-        self.delta = None if loaded.was_resized else own["delta"]  # by place in a batch of another size
+        delta = None if loaded.was_resized else own["delta"]  # by place in a batch of another size
+        self.delta = None if delta is None else delta.to(next(self.net.parameters()).device)
         self.position = loaded.position
 
 

@@ -114,6 +114,11 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
     for norm in state.frozen_norms:
         norm.eval()
     state.optimizer.zero_grad(set_to_none=True)
+    rate = recipe.schedule.at(step / recipe.num_steps)
+    if state.accuracy_gradient is not None:
+        rate = state.accuracy_gradient.rate(rate)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_multiplier", 1.0)
     state.compression.step_ahead()  # before the attack: it should meet the weights that learn from it
     try:
         with state.compression.staying_ahead():
@@ -122,11 +127,6 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe
         state.compression.raise_cause()
         raise
 
-    rate = recipe.schedule.at(step / recipe.num_steps)
-    if state.accuracy_gradient is not None:
-        rate = state.accuracy_gradient.rate(rate)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate * group.get("rate_multiplier", 1.0)
     if recipe.phase.gradient_noise is not None:
         shared = generator_at(images.device, recipe.seed, ordinal, step)  # the same on every rank
         gradients = [p.grad for p in state.net.parameters() if p.grad is not None]

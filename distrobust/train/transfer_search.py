@@ -185,7 +185,7 @@ def _for_candidates(config: Config) -> Config:
     """One rank here, without exporter and without the test file at the end."""
     return config.model_copy(
         update={
-            "cluster": config.cluster.model_copy(update={"launcher": "local", "workers": 1}),
+            "cluster": config.cluster.model_copy(update={"launcher": "local", "workers": 1, "min_workers": None}),
             "metrics": config.metrics.model_copy(update={"port": None}),
             "evaluate": config.evaluate.model_copy(update={"test": False}),
         }

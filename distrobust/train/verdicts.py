@@ -25,7 +25,7 @@ from typing import Any
 from distrobust.errors import CheckpointError
 from distrobust.evaluation.trial import Verdict
 from distrobust.metrics import jsonl
-from distrobust.train.rundir import write_atomically
+from distrobust.train.rundir import own_name, write_atomically
 
 Write = Callable[[str, int, Verdict], None]
 
@@ -40,7 +40,7 @@ class VerdictDirectory:
         """Creates it, or makes sure that it belongs to the same settings; CheckpointError if not. All ranks may
         call it at once."""
         self.path.mkdir(parents=True, exist_ok=True)
-        mine = self._settings.with_name(f".{self._settings.name}.{os.getpid()}")
+        mine = own_name(self._settings)
         mine.write_text(json.dumps(settings, indent=1) + "\n")
         try:
             os.link(mine, self._settings)  # fails if it exists: the first rank's stays

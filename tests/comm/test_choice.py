@@ -17,6 +17,7 @@ from distrobust.comm.link import Link
 from distrobust.comm.together import in_process
 from distrobust.comm.transport import Transport
 from distrobust.errors import ConfigError
+from distrobust.optim.lanton import Lanton
 
 
 @pytest.mark.parametrize(
@@ -158,3 +159,22 @@ def test_every_rank_measures_the_same_link_and_counts_no_bytes_for_it() -> None:
     assert first.latency_s > 0
     assert sent == 0
     assert all(other == (first, 0) for other in others)
+
+
+@pytest.mark.ranks
+def test_lanton_wants_whole_gradients_for_its_noise_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    choose = choice.choose
+
+    def watched(*arguments: Any) -> choice.Choice:
+        asked.append(arguments[3])
+        return choose(*arguments)
+
+    monkeypatch.setattr(choice, "choose", watched)
+    for noise in ("none", "previous"):
+
+        def lanton(parameters: Any, noise: str = noise) -> Lanton:
+            return Lanton([{"params": list(parameters), "norm": "frobenius"}], noise=noise)
+
+        run_ranks(2, lambda rank: worker(rank, optimizer=lanton, momentum="optimizer"))
+    assert asked == ["", "", "noise", "noise"]

@@ -164,7 +164,8 @@ def test_a_scheduler_inside_the_inner_step_is_refused() -> None:
         adaptive.step()
 
 
-def test_an_optimizer_that_counts_in_its_groups_is_refused() -> None:
+@pytest.mark.parametrize("options", [{"k": 0}, {}], ids=["known from the start", "made in the step"])
+def test_an_optimizer_that_counts_in_its_groups_is_refused(options: dict[str, int]) -> None:
     class Counting(SGD):
         def step(self, closure: Any = None) -> None:
             super().step(closure)
@@ -172,10 +173,16 @@ def test_an_optimizer_that_counts_in_its_groups_is_refused() -> None:
                 group["k"] = group.get("k", 0) + 1
 
     net = model()
-    adaptive = NoiseAdaptive(Counting([{"params": list(net.parameters()), "k": 0}], lr=0.1), net)
+    adaptive = NoiseAdaptive(Counting([{"params": list(net.parameters()), **options}], lr=0.1), net)
     backward(net, 0)
     with pytest.raises(ConfigError, match=r"Counting\.step\(\) changed its 'k' while it ran"):
         adaptive.step()
+
+
+def test_an_optimizer_with_one_rate_for_all_is_refused() -> None:
+    net = model()
+    with pytest.raises(ConfigError, match="got LBFGS, which moves all layers by one rate"):
+        NoiseAdaptive(torch.optim.LBFGS(net.parameters()), net)
 
 
 def test_parameters_of_another_model_are_refused() -> None:

@@ -272,3 +272,20 @@ def test_sparse_gradients_are_refused() -> None:
     net(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ConfigError, match=r"gradient of 'weight' is torch\.sparse_coo, wanted a dense one; make the"):
         optimizer.step()
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    """Gradients and noise are known by name: one would move by the other's."""
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    groups = [{"params": list(net.named_parameters()), "norm": "frobenius"} for net in (one, other)]
+    with pytest.raises(ConfigError, match="Lanton, group 1: got the name 'weight' a second time"):
+        Lanton(groups)
+
+
+def test_parameters_that_come_later_are_refused() -> None:
+    net = model()
+    optimizer = Lanton(net)
+    with pytest.raises(ConfigError, match="make it anew to add others"):
+        optimizer.add_param_group({"params": nn.Linear(3, 2).parameters(), "norm": "spectral"})
+    backward(net, 0)
+    optimizer.step()

@@ -185,6 +185,9 @@ def test_rows_that_a_model_learned_from_are_said(
     moved.write_bytes((run.run.dir / "models/fine-tuned.pt").read_bytes())
     first = next(iter(sweep(settings(finetuned=moved, held_out=0.3, seed=3))))
     assert "the run of the fine-tuned model is not known" in first
+    (tmp_path / "alone/config.yaml").write_text("clients: {}\n")  # of a simulation, or of another program
+    first = next(iter(sweep(settings(finetuned=moved, held_out=0.3, seed=3))))
+    assert "the run of the fine-tuned model is not known" in first
     (tmp_path / "alone/config.yaml").write_text(yaml.safe_dump({"data": {"path": "x", "held_out": 0.1}}))
     assert "16 held-out rows: 0.1 of the training file, by seed 0" in next(iter(sweep(settings(finetuned=moved))))
 

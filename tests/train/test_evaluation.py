@@ -335,3 +335,19 @@ def test_a_killed_evaluation_loses_nothing(job: Job, tmp_path: Path) -> None:
     assert said(evaluate(job)) == said(whole)
     after = VerdictDirectory(job.out).read()
     assert {key: after[key] for key in found} == found, "what was finished is kept as it was"
+
+
+@pytest.mark.parametrize(("local", "threads"), [("1", []), ("4", [2])])
+def test_ranks_of_one_machine_share_its_cores(
+    job: Job, monkeypatch: pytest.MonkeyPatch, local: str, threads: list[int]
+) -> None:
+    """Of torchrun's 4 ranks, each on a machine of its own, with all of its cores, or on one."""
+    ranks = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(evaluation_ranks.os, "cpu_count", lambda: 8)
+    seen: list[int] = []
+    monkeypatch.setattr(evaluation_ranks.torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(evaluation_ranks, "run_rank", lambda *_, **__: None)
+    assert evaluate(replace(job, threads=0)) is None
+    assert seen == threads

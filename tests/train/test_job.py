@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from distrobust import data
 from distrobust.comm.transport import Transport
 from distrobust.errors import ConfigError, DataError, DivergedError, ModelError
-from distrobust.train import launch, loop, scoring
+from distrobust.train import launch, loop, outputs, scoring
 from distrobust.train.rundir import Outcome, RunDirectory
 from distrobust.train.state import TrainState
 from distrobust.train.step import Recipe, StepResult, train_step
@@ -302,3 +303,28 @@ def test_coding_and_decoding_are_parts_of_a_step(make_config: MakeConfig) -> Non
     records = records_of(config, "step")
     assert all(record["hook_s"] > 0 and record["decode_s"] > 0 for record in records)
     assert all(record["hook_s"] + record["decode_s"] < record["step_s"] for record in records)
+
+
+def test_what_is_not_installed_leaves_no_exporter_behind(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ConfigError("metrics.tensorboard: not here")
+
+    monkeypatch.setattr(outputs.tensorboard, "require", missing)
+    config = make_config("metrics={port: 0, tensorboard: true}")
+    before = set(threading.enumerate())
+    with pytest.raises(ConfigError, match="not here"):
+        run_job(config)
+    assert set(threading.enumerate()) == before
+    assert not list((config.run.dir / "prometheus").glob("*"))
+
+
+def test_prometheus_is_not_sent_to_ranks_that_a_run_no_longer_has(make_config: MakeConfig) -> None:
+    config = make_config("pretrain=null", "metrics.port=0")
+    targets = config.run.dir / "prometheus"
+    targets.mkdir(parents=True)
+    for name in ("rank-3.json", "other.json"):
+        (targets / name).write_text("[]")
+    run_job(config)
+    assert [path.name for path in targets.iterdir()] == ["other.json"]

@@ -197,3 +197,13 @@ def test_what_waits_in_the_residuals_outlives_a_change_of_workers(before: int, a
             torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6 * float(old.abs().max()))
             waiting += float(old.abs().sum())
     assert waiting > 0
+
+
+def test_checkpoints_are_in_order_also_beyond_the_places_of_their_names(tmp_path: Path) -> None:
+    names = ["0-pretrain-0000900", "1-train-0000001", "1-train-9999999", "1-train-10000000"]
+    for name in [*names, "damaged-1-train-0000002", ".1-train-0000003"]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "1-train-0000005").write_text("a file")
+    assert [path.name for path in checkpoint._in_order(tmp_path)] == names
+    checkpoint._prune(tmp_path, keep=2)
+    assert [path.name for path in checkpoint._in_order(tmp_path)] == names[-2:]

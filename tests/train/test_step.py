@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distrobust.config import AttackConfig
+from distrobust.optim.schedules import Schedule
 from distrobust.train.state import TrainState
 from distrobust.train.step import Recipe, train_step
 from tests.harness.jobs import assert_equal
@@ -58,3 +59,36 @@ def test_micro_batches_are_one_exchange_of_the_same_examples() -> None:
         assert min(counts) > 0
         assert [len(one) for one in seen] == [2] * 4
         assert torch.equal(torch.cat(seen), images.float() / 255)
+
+
+@pytest.mark.ranks
+def test_the_job_steps_ahead_by_the_rate_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """w moves by - rate of this step x share x v, where the schedule falls."""
+    schedule = Schedule("cosine", 0.125, warmup=0.0)
+    recipe = dataclasses.replace(RECIPE, schedule=schedule)
+
+    def body(rank: Rank) -> list[tuple[float, float]]:
+        state = state_of(rank, None, density=0.05, step_ahead=True, values="fp32", warmup=0.0)
+        weight, residual = state.net.get_parameter("head.weight"), state.compression.residuals["head.weight"]
+        go, moved = state.compression.step_ahead, []
+
+        def watched() -> None:
+            before = weight.detach().clone()
+            go()
+            if residual.v.any() and not torch.equal(before, weight):
+                by = ((before - weight.detach()).view(-1) @ residual.v) / (residual.v @ residual.v)
+                moved.append((float(by), schedule.at(state.position.step / 8)))
+
+        monkeypatch.setattr(state.compression, "step_ahead", watched)
+        for number in range(6):
+            generator = torch.Generator().manual_seed(10 * number + rank.rank)
+            images = torch.randint(0, 256, (8, 1, 8, 8), generator=generator, dtype=torch.uint8)
+            train_step(state, images, torch.arange(8) % 4, recipe, rank.rank)
+            state.position = dataclasses.replace(state.position, step=number + 1)
+        return moved
+
+    for moved in run_ranks(2, body):
+        assert len(moved) == 5
+        assert len({rate for _, rate in moved}) == 5
+        for by, rate in moved:
+            assert by == pytest.approx(rate, rel=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from torch import nn
 
+from distrobust import config as configuration
 from distrobust import data
 from distrobust.config import Config
 from distrobust.errors import ConfigError
@@ -211,3 +212,10 @@ def test_a_directory_of_another_search_is_refused_and_more_generations_continue(
         list(search(make_search(), 1, 2, (0.5, 1.0)))
     *_, (_, results) = search(make_search(), 2, 2, (0.0, 1.0))
     assert len(results) == 4
+
+
+def test_candidates_of_an_elastic_run_have_one_worker(make_search: MakeConfig) -> None:
+    config = make_search("cluster={workers: 4, min_workers: 2, launcher: ray}", "train.batch_size=48")
+    values = transfer_search._for_candidates(config).model_dump(mode="json")
+    cluster = configuration.parse(values, "as continued").cluster
+    assert (cluster.workers, cluster.min_workers, cluster.launcher) == (1, None, "local")
