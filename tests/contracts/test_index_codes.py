@@ -88,10 +88,25 @@ def test_rice_refuses_indices_out_of_range_and_an_impossible_number_of_them() ->
     blank[2:] = 0
     with pytest.raises(CodecError, match="0 indices in a payload that says 3"):
         code.decode(blank, n, k)
-    late = good.clone()
-    late[2:-1], late[-1] = 0, 0b11100000
-    with pytest.raises(CodecError, match=r"ends within the low bits of 3 indices|0 indices"):
-        code.decode(late, n, k)
+
+
+def test_rice_refuses_a_payload_that_ends_within_the_low_bits() -> None:
+    """100 indices of 3 low bits take 39 bytes: of 63 bytes for both parts, 24 are left for the unary one, which is
+    looked for in 29.
+    """
+    n, k, code = 1000, 100, INDEX_CODES["rice"]
+
+    def with_the_last_one_in(byte: int) -> Tensor:
+        coded = torch.zeros(code.num_bytes(n, k), dtype=torch.uint8)
+        coded[0] = k
+        coded[2:31] = bits.mark(torch.tensor([*range(99), 8 * byte]), 8 * 29)
+        return coded
+
+    assert code.num_bytes(n, k) == 2 + 63
+    assert code.decode(with_the_last_one_in(23), n, k).tolist() == [*range(99), 99 + 8 * (8 * 23 - 99)]
+    for byte in (24, 28):
+        with pytest.raises(CodecError, match="ends within the low bits of 100 indices"):
+            code.decode(with_the_last_one_in(byte), n, k)
 
 
 def test_rice_leaves_out_next_to_nothing_of_indices_without_pattern() -> None:

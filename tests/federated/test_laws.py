@@ -139,9 +139,8 @@ def test_what_a_client_does_depends_on_seed_round_and_client_alone() -> None:
         assert torch.equal(together.rows[i, :steps][real], alone.rows[0][real])
         assert not together.weights[i, steps:].any()
         assert int(real.sum()) == batches.num_examples(len(own), settings) == 2 * len(own)
-        for epoch in together.rows[i, :steps].split(steps // 2):
-            seen = epoch[real[: steps // 2]] if epoch is together.rows[i, : steps // 2] else epoch[real[steps // 2 :]]
-            assert sorted(seen.tolist()) == own.tolist()
+        epochs = zip(together.rows[i, :steps].split(steps // 2), real.split(steps // 2), strict=True)
+        assert [sorted(chosen[mask].tolist()) for chosen, mask in epochs] == [own.tolist(), own.tolist()]
     other = batches.make(rows, numbers, settings, 1, 6)
     assert not torch.equal(other.rows, together.rows)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from distrobust import __version__, config
-from distrobust.cli import commands
 from distrobust.k8s import inside, overlays
 from distrobust.metrics.alerts import ALERTS
+from tests.harness.markdown import known_commands, named_commands
 from tests.k8s.rendered import EXAMPLE, K8S, ROOT, of_kind, run_documents, templates, the
 
 README = (K8S / "README.md").read_text()
@@ -29,12 +29,9 @@ def test_every_file_and_directory_it_names_exists() -> None:
 
 
 def test_every_command_it_names_exists() -> None:
-    named = set(re.findall(r"distrobust ((?:k8s |data )?[a-z]+) (?=[A-Z/`\w])", README))
-    known = {name for name, command in commands.commands.items()}
-    known |= {f"{group} {name}" for group in ("k8s", "data") for name in commands.commands[group].commands}  # type: ignore[attr-defined]
-    commanded = {name for name in named if name.split()[0] in known}
-    assert {"k8s render", "k8s write", "data digits", "evaluate", "config"} <= {c for c in known if c in README}
-    assert commanded <= known
+    named = named_commands(README)
+    assert {"k8s render", "k8s write", "data digits", "evaluate", "config"} <= named
+    assert named <= known_commands()
     assert set(re.findall(r"--overlay ([a-z]+)", README)) <= set(overlays.OVERLAYS)
 
 

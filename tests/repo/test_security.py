@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,21 +29,64 @@ SECRETS = {
     "WANDB_API_KEY": "wandb-sentinel-77ac",
     "HF_TOKEN": "hf-sentinel-0b3e",
 }
+RUNS_CODE = re.compile(
+    r"(builtins\.)?(eval|exec)|os\.(system|popen)|(pickle|marshal|shelve|dill|cloudpickle|joblib)\.\w+"
+    r"|yaml(\.\w+)*\.\w*(load|Loader)\w*|torch\.load|torch\.(\w+\.)+load\w*"
+)
+RUNS_NONE = {"pickle.UnpicklingError", "yaml.safe_load", "yaml.safe_load_all", "yaml.SafeLoader"}
 
 
-def _calls(path: Path) -> list[ast.Call]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+def _can_run_code(source: str) -> list[str]:
+    """What in it may run what is read, by its full name, however that was imported."""
+    nodes = list(ast.walk(ast.parse(source)))
+    full: dict[str, str] = {}
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            room = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            full |= {alias.asname or alias.name: room + alias.name for alias in node.names}
+
+    def name(node: ast.expr) -> str:
+        first, dot, rest = ast.unparse(node).partition(".")
+        return full.get(first, first) + dot + rest
+
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    given = [(call, keyword.arg, ast.unparse(keyword.value)) for call in calls for keyword in call.keywords]
+    safe = [call.func for call, key, value in given if (key, value) == ("weights_only", "True")]
+    used = [name(node) for node in nodes if isinstance(node, ast.Name | ast.Attribute) and node not in safe]
+    found = [one for one in used if RUNS_CODE.fullmatch(one) and one not in RUNS_NONE]
+    asked = [f"{key}={value}" for _, key, value in given if key in ("allow_pickle", "shell") and value != "False"]
+    return found + asked
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_that_is_read_can_run_code(path: Path) -> None:
-    for call in _calls(path):
-        name = ast.unparse(call.func)
-        assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.full_load", "os.system")
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        if name == "torch.load":
-            assert given.get("weights_only") == "True", path
-        assert given.get("shell") != "True", path
+    assert _can_run_code(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval(text)",
+        "import os; os.system(text)",
+        "import subprocess; subprocess.run(text, shell=True)",
+        "import pickle; pickle.loads(data)",
+        "import pickle as p; p.Unpickler(file).load()",
+        "from pickle import loads; loads(data)",
+        "import yaml; yaml.load(text, yaml.Loader)",
+        "import yaml; yaml.unsafe_load(text)",
+        "import yaml; yaml.full_load_all(text)",
+        "from yaml import load as safe_load; safe_load(text)",
+        "import torch; torch.load(path)",
+        "import torch; torch.load(path, weights_only=False)",
+        "import torch; read = torch.load",
+        "from torch import load; load(path)",
+        "import torch; torch.jit.load(path)",
+        "from torch import jit; jit.load(path)",
+        "import numpy as np; np.load(path, allow_pickle=True)",
+    ],
+)
+def test_what_could_run_code_is_found(source: str) -> None:
+    assert _can_run_code(source)
 
 
 def test_a_hostile_checkpoint_with_a_digest_that_fits_runs_no_code(
