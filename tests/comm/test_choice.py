@@ -1,9 +1,12 @@
 """Which exchange and which density: chosen by bytes, by a budget, or by the link as it is."""
 
+import itertools
 import logging
 import os
+import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from harness.training import worker
 from distrobust.comm import choice, hook, link
 from distrobust.comm.link import Link
 from distrobust.comm.together import in_process
-from distrobust.comm.transport import Transport
+from distrobust.comm.transport import Local, Request, Transport, request_bytes
 from distrobust.errors import ConfigError
 from distrobust.optim.lanton import Lanton
 
@@ -178,3 +181,54 @@ def test_lanton_wants_whole_gradients_for_its_noise_alone(monkeypatch: pytest.Mo
 
         run_ranks(2, lambda rank: worker(rank, optimizer=lanton, momentum="optimizer"))
     assert asked == ["", "", "noise", "noise"]
+
+
+class Clock(threading.local):
+    """Stands in for the module time: every rank's thread has a time of its own."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Paced(Transport):
+    """Waiting for a request moves `clock` by the latency and the bytes of a link, and by what comes between: a second
+    the first time, as connections are opened, and half a second once among the three times that are measured.
+    """
+
+    def __init__(self, rank: Rank, clock: Clock, modelled: Link) -> None:
+        super().__init__(rank.group)
+        self.clock, self.modelled = clock, modelled
+        self.between = itertools.cycle((1.0, 0.0, 0.5, 0.0))
+
+    def issue(self, request: Request | Local) -> Any:
+        assert not isinstance(request, Local)
+        seconds = self.modelled.latency_s + request_bytes(request, self.num_ranks) / self.modelled.bytes_per_s
+        seconds += next(self.between)
+        future = super().issue(request)
+
+        def wait() -> Any:
+            self.clock.now += seconds
+            return future.wait()
+
+        return SimpleNamespace(wait=wait)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("slowest", [Link(1.25e6, 0.04), Link(1.25e8, 0.0005)], ids=str)
+def test_latency_and_rate_of_the_slowest_rank_are_measured(slowest: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves by what a link of this kind takes. The message without content has 64 of the 2^19 bytes of
+    the other, to each of 2 ranks: they count as latency and make the rate 1.3e-4 too high.
+    """
+    clock = Clock()
+    monkeypatch.setattr(link, "time", clock)
+
+    def body(rank: Rank) -> Link:
+        faster = Link(3 * slowest.bytes_per_s, slowest.latency_s / 2)
+        transport = Paced(rank, clock, slowest if rank.rank == 1 else faster)
+        return link.measure(transport, torch.device("cpu"))
+
+    for measured in run_ranks(3, body):
+        assert measured.latency_s == pytest.approx(slowest.latency_s + 2 * 64 / slowest.bytes_per_s)
+        assert measured.bytes_per_s == pytest.approx(slowest.bytes_per_s, rel=1.3e-4)

@@ -12,7 +12,7 @@ import torch
 from harness.ranks import Processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from distrobust.comm.fsdp import ShardedCompression, compress_sharded
@@ -49,9 +49,16 @@ def loss(model: nn.Module, step: int, rank: int) -> Tensor:
 # ---- the unsharded reference: one process, imports nothing of ours ----
 
 
-def reference(density: float, sgd: dict[str, Any]) -> list[Tensor]:
-    """Parameters after STEPS steps of momentum-corrected top-k of every shard, machines' means averaged."""
+def reference(
+    density: float, sgd: dict[str, Any], make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
+) -> list[Tensor]:
+    """Parameters after STEPS steps of momentum-corrected top-k of every shard, machines' means averaged.
+
+    What `make` makes steps on that mean: SGD, whose momentum and weight decay are `sgd` and act before the top-k, or
+    another, with moments of its own.
+    """
     model = net()
+    optimizer = make(model.parameters(), lr=RATE)
     m, nesterov, decay = sgd.get("momentum", 0.0), sgd.get("nesterov", False), sgd.get("weight_decay", 0.0)
     layers = [[(f"{i}.{kind}", getattr(model[i], kind)) for kind in ("weight", "bias")] for i in (0, 2, 4)]
     u, v = ({(k, n): torch.zeros_like(p) for n, p in model.named_parameters() for k in range(MACHINES)} for _ in "uv")
@@ -83,9 +90,9 @@ def reference(density: float, sgd: dict[str, Any]) -> list[Tensor]:
                             v[machine, n][rows[n]] *= ~mask
                             if density < 1.0:  # a dense step keeps the momentum
                                 u[machine, n][rows[n]] *= ~mask
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p -= RATE * sent[name] / MACHINES
+        for name, p in model.named_parameters():
+            p.grad = sent[name] / MACHINES
+        optimizer.step()
     return [p.detach() for p in model.parameters()]
 
 
@@ -258,6 +265,10 @@ def shards_along_another_dimension_and_bf16_train_alike_on_all_machines(rank: in
     start = run.parameters()
     run.train(range(3))
     assert not equal(run.parameters(), start)
+    assert_alike_on_all_ranks(run)
+
+
+def assert_alike_on_all_ranks(run: Run) -> None:
     for mine in run.parameters():
         others = [torch.empty_like(mine) for _ in range(MACHINES * SHARDS)]
         torch.distributed.all_gather(others, mine)
@@ -265,9 +276,15 @@ def shards_along_another_dimension_and_bf16_train_alike_on_all_machines(rank: in
 
 
 def adamw_keeps_its_moments_with_plain_error_feedback(rank: int, mesh: Any) -> None:
-    run = Run(rank, mesh, DENSITY, {}, optimizer=torch.optim.AdamW, momentum="optimizer")
-    run.train(range(3))
+    """It steps on the mean of what was sent, with a weight decay of its own. Tolerance: AdamW divides a gradient by its
+    size, so a step has its relative error, and what is sent is the largest of its shard, where little cancels: STEPS
+    steps of RATE and 60 roundings, 6 x 0.05 x 60 x 2^-24 = 1.1e-6. Without weight decay: more than 1e-4.
+    """
+    run = Run(rank, mesh, DENSITY, {}, optimizer=torch.optim.AdamW, momentum="optimizer").train(range(STEPS))
     assert all(piece.residual.u.numel() == 0 for piece in run.state.pieces.values())
+    for ours, theirs in zip(run.parameters(), reference(DENSITY, {}, torch.optim.AdamW), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert_alike_on_all_ranks(run)
     with pytest.raises(ConfigError, match="optimizer AdamW: its first moment cannot be moved"):
         Run(rank, mesh, DENSITY, {}, optimizer=torch.optim.AdamW)
 
@@ -285,6 +302,9 @@ def what_cannot_be_right_is_refused(rank: int, mesh: Any) -> None:
     refused("mesh of two dimensions, so torch sums between machines itself", fully_shard(net(), mesh=mesh))
     fp16 = MixedPrecisionPolicy(param_dtype=torch.float16)
     refused("gradients in float16", fully_shard(net(), mesh=mesh["shard"], mp_policy=fp16))
+    mixed = net()
+    fully_shard(mixed[2], mesh=mesh["shard"], offload_policy=CPUOffloadPolicy(pin_memory=False))
+    refused("layer '2': parameters are offloaded to the CPU", fully_shard(mixed, mesh=mesh["shard"]))
     part = net()
     fully_shard(part[0], mesh=mesh["shard"])
     refused("got a Sequential", part)

@@ -1,5 +1,6 @@
 """Step-ahead error feedback: gradients are computed where a rank's own unsent update will lead."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -74,20 +75,49 @@ def test_between_steps_every_rank_holds_the_same_parameters_to_the_bit() -> None
     assert all(same(first, other) for other in others)
 
 
+def assert_ahead(ours: Worker, step: int, rates: dict[str, float], share: float) -> None:
+    """The forward of `step` sees w - rate * share * v, to the bit, and the backward ends at w."""
+    shared, kept = ours.parameters(), residuals(ours.state)
+    x, y = batch(step, ours.rank)
+    ours.optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(ours.ddp(x), y)
+    for name, p in ours.ddp.module.named_parameters():
+        v = kept[f"{name}.v"].view_as(p)
+        assert v.any()
+        assert torch.equal(p.detach(), shared[name].add(v, alpha=-rates[name] * share)), name
+    loss.backward()
+    assert same(ours.parameters(), shared)
+
+
 def test_parameters_move_ahead_for_a_training_forward_and_are_back_after_backward() -> None:
     def body(rank: Rank) -> None:
         ours = trained(rank)
-        shared, kept = ours.parameters(), residuals(ours.state)
-        x, y = batch(4, rank.rank)
-        loss = nn.functional.cross_entropy(ours.ddp(x), y)
-        for name, p in ours.ddp.module.named_parameters():
-            v = kept[f"{name}.v"].view_as(p)
-            assert torch.equal(p.detach(), shared[name].add(v, alpha=-SGD["lr"]))
-        assert any(not torch.equal(p, shared[name]) for name, p in ours.ddp.module.named_parameters())
-        loss.backward()
-        assert same(ours.parameters(), shared)
+        assert_ahead(ours, 4, dict.fromkeys(ours.state.parameters, SGD["lr"]), share=1.0)
 
     run_ranks(2, body)
+
+
+def with_groups(parameters: Iterator[nn.Parameter]) -> torch.optim.SGD:
+    first, *others = parameters
+    return torch.optim.SGD([{"params": others}, {"params": [first], "lr": 0.05}], **SGD)
+
+
+@pytest.mark.parametrize(("num_ranks", "share"), [(2, 1.0), (5, 0.4)])
+def test_the_shift_takes_the_rate_of_now(num_ranks: int, share: float) -> None:
+    """A schedule changes it between steps; v is in units of a gradient and knows no rate. Groups have rates of their
+    own.
+    """
+
+    def body(rank: Rank) -> None:
+        ours = trained(rank, optimizer=with_groups)
+        for step, (rate, first) in enumerate([(0.1, 0.05), (0.02, 0.3), (0.4, 0.0)], start=4):
+            for group, lr in zip(ours.optimizer.param_groups, (rate, first), strict=True):
+                group["lr"] = lr
+            rates = dict.fromkeys(ours.state.parameters, rate) | {"0.weight": first}
+            assert_ahead(ours, step, rates, share)
+            ours.optimizer.step()
+
+    run_ranks(num_ranks, body)
 
 
 @pytest.mark.parametrize("leave", ["state_dict", "evaluation", "optimizer step"])
@@ -175,10 +205,20 @@ def test_an_optimizer_whose_update_is_not_the_rate_times_the_residual_is_refused
 
 
 def test_sgd_at_rates_that_follow_the_noise_steps_ahead() -> None:
+    """Every layer by its own rate: the group's times the ratio of the last step."""
+
     def body(rank: Rank) -> None:
         net = seeded(mlp)
         ddp = DistributedDataParallel(net, process_group=rank.group)
         optimizer = NoiseAdaptive(torch.optim.SGD(net.parameters(), lr=0.1), ddp)
-        distrobust.compress(ddp, optimizer, momentum="optimizer", **AHEAD)
+        state = distrobust.compress(ddp, optimizer, momentum="optimizer", **AHEAD)
+        ours = Worker(ddp, optimizer, state, rank.rank)
+        for step in range(3):
+            ours.step(step)
+        for step, rate in enumerate([0.1, 0.03], start=3):
+            optimizer.param_groups[0]["lr"] = rate
+            assert len(set(optimizer.ratios.values())) > 2
+            assert_ahead(ours, step, {name: rate * ratio for name, ratio in optimizer.ratios.items()}, share=0.5)
+            optimizer.step()
 
-    run_ranks(2, body)
+    run_ranks(4, body)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from harness.ranks import Rank, run_ranks
-from harness.training import mlp, worker
+from harness.training import Worker, mlp, same, worker
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -132,13 +132,22 @@ def test_frozen_parameters_need_not_be_in_the_optimizer_and_send_nothing() -> No
 
 
 def test_parameters_without_momentum_elsewhere_in_the_optimizer_are_left_alone() -> None:
+    """Their group's options stay, and a step moves them by the rate times their gradient."""
+
     def body(rank: Rank) -> None:
         ddp = DistributedDataParallel(mlp(), process_group=rank.group)
-        groups = [
-            {"params": ddp.parameters(), "momentum": 0.9},
-            {"params": [nn.Parameter(torch.zeros(3))], "momentum": 0.0},
-        ]
-        distrobust.compress(ddp, torch.optim.SGD(groups, lr=0.1))
+        other = nn.Parameter(torch.ones(3))
+        groups = [{"params": ddp.parameters(), "momentum": 0.9}, {"params": [other], "momentum": 0.0, "lr": 0.25}]
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        before = {key: value for key, value in optimizer.param_groups[1].items() if key != "params"}
+        state = distrobust.compress(ddp, optimizer)
+        ours = Worker(ddp, optimizer, state, rank.rank)
+        for step in range(2):
+            ours.backward(step)
+            other.grad = torch.tensor([1.0, 2.0, -4.0])
+            optimizer.step()
+        assert optimizer.param_groups[1] == {**before, "params": [other]}
+        assert torch.equal(other, torch.tensor([0.5, 0.0, 3.0]))
 
     run_ranks(1, body)
 
@@ -161,13 +170,29 @@ def test_momentum_that_comes_back_into_the_optimizer_is_refused_before_it_acts_t
     run_ranks(1, body)
 
 
-def test_a_schedule_of_the_rate_alone_works() -> None:
+@pytest.mark.parametrize("density", [0.02, 1.0])
+def test_a_schedule_of_the_rate_alone_works(density: float) -> None:
+    """Every step is the mean times the rate of that step, and dense ones are those of DDP under the same schedule."""
+
     def body(rank: Rank) -> None:
-        ours = worker(rank)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(ours.optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False)
-        ours.step(0)
-        schedule.step()
-        ours.step(1)
+        plain, ours = worker(rank, density=None), worker(rank, density=density)
+        schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(one.optimizer, max_lr=0.1, total_steps=6, cycle_momentum=False)
+            for one in (plain, ours)
+        ]
+        rates = []
+        for step in range(5):
+            before = ours.parameters()
+            plain.step(step)
+            ours.step(step)
+            rates.append(ours.optimizer.param_groups[0]["lr"])
+            for name, p in ours.ddp.module.named_parameters():
+                assert p.grad is not None
+                assert torch.equal(p, before[name].add(p.grad, alpha=-rates[-1]))
+            assert same(ours.parameters(), plain.parameters()) == (density == 1.0)
+            for schedule in schedules:
+                schedule.step()
+        assert len(set(rates)) == 5
 
     run_ranks(1, body)
 

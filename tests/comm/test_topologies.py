@@ -1,7 +1,7 @@
 """Exchanges of several hops and levels through the real DistributedDataParallel; their laws are in contracts/."""
 
-import threading
-import time
+import queue
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -153,71 +153,81 @@ def test_loss_scaling_changes_no_bit_and_an_overflow_skips_the_step_on_all_ranks
     assert all(same(one, results[0]) for one in results[1:])
 
 
-class Slow(nn.Module):
-    """The last layer's gradient is there long before the first one's: its bucket can be on its way meanwhile."""
+class Reporting(nn.Module):
+    """Says through `about_to` that backward comes to the gradients of a layer: those behind it are in their buckets."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, about_to: Callable[[str], None]) -> None:
         super().__init__()
         self.first, self.middle, self.last = (nn.Linear(n, m, bias=False) for n, m in ((20, 40), (40, 40), (40, 10)))
-        self.seconds = seconds
+        self.about_to = about_to
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.first, self.middle):
+        for name, layer in (("first", self.first), ("middle", self.middle)):
             x = torch.tanh(layer(x))
-            x.register_hook(lambda _: time.sleep(self.seconds))  # before the layer's own gradients
+            x.register_hook(lambda _, name=name: self.about_to(name))
         return self.last(x)
 
 
-class Clocked(Transport):
-    """When each request was answered."""
+class Answer(torch.futures.Future[Tensor]):
+    """Not to be waited for before it is there."""
+
+    def wait(self) -> Tensor:
+        assert self.done(), "backward waits for a message while gradients are still to be computed"
+        return super().wait()
+
+
+class HeldBack(Transport):
+    """While it `holds`, an answer is on its way until `arrive` hands it over."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self.answered: list[float] = []
-        self.lock = threading.Lock()
+        self.holds = False
+        self.issued = 0
+        self.on_the_way: queue.Queue[tuple[torch.futures.Future[Tensor], Answer]] = queue.Queue()
 
     def issue(self, request: Request | Local) -> torch.futures.Future[Tensor]:
-        with self.lock:
-            place = len(self.answered)
-            self.answered.append(float("inf"))
+        self.issued += 1
+        arrived = super().issue(request)
+        if not self.holds:
+            return arrived
+        answer = Answer()
+        self.on_the_way.put((arrived, answer))
+        return answer
 
-        def note(future: torch.futures.Future[Tensor]) -> Tensor:
-            self.answered[place] = time.monotonic()
-            return future.value()
-
-        return super().issue(request).then(note)
+    def arrive(self, num_requests: int) -> None:
+        """queue.Empty unless so many more requests are issued, by this thread or another."""
+        for _ in range(num_requests):
+            arrived, answer = self.on_the_way.get(timeout=20)
+            answer.set_result(arrived.wait())
 
 
 @pytest.mark.ranks
 @each_exchange
 @pytest.mark.parametrize("density", [0.05, 1.0])
 def test_the_first_bucket_travels_while_the_last_gradients_are_computed(exchange: str, density: float) -> None:
-    """Three buckets, 0.15 s apart. The first one's message has been received before the last one's hook begins, and
-    with two hops its second has been sent on from the middle one's.
+    """Three buckets. The first one's message is on its way when backward comes to the middle layer, and is not waited
+    for; before the first layer's gradients the middle one's is too, and with two hops the first one's second.
     """
+    hops = 2 if exchange == "sharded" and density < 1.0 else 1
 
     def body(rank: Rank) -> None:
-        transport = Clocked(rank.group)
+        transport = HeldBack(rank.group)
+        arrived: list[str] = []
+
+        def about_to(layer: str) -> None:
+            if transport.holds:
+                transport.arrive(1 if layer == "middle" else hops)
+                arrived.append(layer)
+            transport.holds = transport.holds and layer != "first"
+
         options = {"density": density, "exchange": exchange, "transport": transport, "ddp": SMALL_BUCKETS}
-        ours = worker(rank, lambda: Slow(0.15), **options)
-        begun: list[float] = []
-        reduce = ours.state.reduce
-
-        def spy(*arguments: Any, **flags: Any) -> Any:
-            begun.append(time.monotonic())
-            return reduce(*arguments, **flags)
-
-        ours.state.reduce = spy  # type: ignore[method-assign]
+        ours = worker(rank, lambda: Reporting(about_to), **options)
         for step in range(3):  # DDP rebuilds its buckets after the first
-            begun.clear()
-            transport.answered.clear()
+            transport.holds, transport.issued = step == 2, 0
             ours.step(step)
-        assert len(begun) == 3
-        hops = 2 if exchange == "sharded" and density < 1.0 else 1
-        assert len(transport.answered) == 3 * hops
-        # the requests of the first two hooks: one, and with two hops two
-        assert all(answered < begun[2] for answered in transport.answered[: 1 + hops])
-        assert transport.answered[0] < begun[1]
+        assert arrived == ["middle", "first"]
+        assert transport.on_the_way.empty()
+        assert transport.issued == 3 * hops
 
     run_ranks(2, body)
 

@@ -44,13 +44,13 @@ class Rank:
         name = f"{len(self.made)}: {members}"
         self.made.append(name)
         store = dist.PrefixStore(name, self.store)
-        return _group(store, members.index(self.rank), len(members), TIMEOUT_S)
+        return _group(store, members.index(self.rank), len(members))
 
 
-def run_ranks(num_ranks: int, body: Callable[[Rank], T], timeout_s: float = TIMEOUT_S) -> list[T]:
+def run_ranks(num_ranks: int, body: Callable[[Rank], T]) -> list[T]:
     """Runs `body` on `num_ranks` threads and returns what they returned, in rank order.
 
-    An exception on any rank is raised here, the first that happened; the others then run into `timeout_s`.
+    An exception on any rank is raised here, the first that happened; the others then run into TIMEOUT_S.
     """
     store = dist.HashStore()
     results: dict[int, T] = {}
@@ -58,7 +58,7 @@ def run_ranks(num_ranks: int, body: Callable[[Rank], T], timeout_s: float = TIME
 
     def main(rank: int) -> None:
         try:
-            results[rank] = body(Rank(rank, num_ranks, _group(store, rank, num_ranks, timeout_s), store))
+            results[rank] = body(Rank(rank, num_ranks, _group(store, rank, num_ranks), store))
         except BaseException as error:
             errors.append(error)
 
@@ -72,8 +72,8 @@ def run_ranks(num_ranks: int, body: Callable[[Rank], T], timeout_s: float = TIME
     return [results[rank] for rank in range(num_ranks)]
 
 
-def _group(store: dist.Store, rank: int, num_ranks: int, timeout_s: float) -> dist.ProcessGroup:
-    backend = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, num_ranks, timedelta(seconds=timeout_s))
+def _group(store: dist.Store, rank: int, num_ranks: int) -> dist.ProcessGroup:
+    backend = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, num_ranks, timedelta(seconds=TIMEOUT_S))
     group = dist.ProcessGroup(store, rank, num_ranks)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
