@@ -130,14 +130,15 @@ def held_out_loss(model: Path, folder: Path) -> float:
     _, rows = data.split_held_out(source, 0.02, 0)
     net = build_model("resnet9", source, seed=0).to(memory_format=torch.channels_last).eval()
     load_model_file(net, model)
-    total = 0.0
+    total, num_images = 0.0, 0
     for number, (images, labels) in enumerate(spaced_rows(data.Shard(source, 0, 1, 0, rows=rows), 0, 250)):
         x = images.float().div(255).contiguous(memory_format=torch.channels_last)
         attack, generator = Attack("pgd", steps=10), torch.Generator().manual_seed(number)
         with torch.no_grad():
             logits = net(attack(net, x, labels, Threat("linf", 8 / 255), generator))
         total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-    return total / len(rows)
+        num_images += len(labels)
+    return total / num_images
 
 
 def _start(cell: Cell, work: Path, folder: Path, seed: int) -> list[str]:

@@ -222,6 +222,18 @@ def training_speed() -> list[str]:
     return lines
 
 
+def robustness() -> list[str]:
+    """Adversarial fine-tuning, one thing changed at a time: accuracy in % and minutes of training steps."""
+    lines = ["| question | run | rate | clean | PGD-20 | AutoAttack | minutes |", "| --- | --- |" + " --- |" * 5]
+    for row in json.loads((RESULTS / "robustness.json").read_text())["rows"]:
+        scores = [next((v for k, v in row["scores"].items() if word in k), None) for word in ("clean", "PGD", "Auto")]
+        cells = [row["question"], row["name"], f"{row['peak']:g}"]
+        cells += ["-" if score is None else _percent(score) for score in scores]
+        cells += [f"{row['train_minutes']['mean']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _percent(values: dict[str, Any]) -> str:
     half = values["half_width_95"]
     return f"{100 * values['mean']:.1f}" + ("" if half is None else f" +- {100 * half:.1f}")
@@ -235,4 +247,4 @@ if __name__ == "__main__":
     )
     tasks = ("digits", "cifar10")
     print("\n".join([*federated_compression(*tasks), *federated_personal(*tasks), *federated_robust(*tasks)]))
-    print("\n".join([*federated_speed(), *noise_estimators(), *noise(), *passes(), *training_speed()]))
+    print("\n".join([*federated_speed(), *noise_estimators(), *noise(), *passes(), *training_speed(), *robustness()]))
