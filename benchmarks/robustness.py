@@ -78,8 +78,8 @@ def cells() -> list[Cell]:
     add("rates", "noise-adaptive rates", "noise={}")
     constant = ("train.schedule.name=constant", "train.epochs=6")
     add("rates", "constant rate, 6 epochs", *constant)
-    cuts = "train.accuracy_gradient={window: 1, patience: 1, factor: 0.5}"
-    add("rates", "constant rate cut by accuracy gradient, 6 epochs", *constant, cuts)
+    cuts = ("train.accuracy_gradient={window: 1, patience: 1, factor: 0.5}", "evaluate.held_out_images=0")
+    add("rates", "constant rate cut by accuracy gradient, 6 epochs", *constant, *cuts)
     for variance in (1e-2, 1e-6):  # the paper's smallest, and noise as long as the gradient
         add("rates", f"gradient noise {variance:g}", f"train.gradient_noise={variance}")
     for factor in (100, 1000):
@@ -143,7 +143,7 @@ def held_out_loss(model: Path, folder: Path) -> float:
 
 def _start(cell: Cell, work: Path, folder: Path, seed: int) -> list[str]:
     start = [] if cell["scratch"] else [f"model.weights={natural(work, folder, seed) / 'models/pre-trained.pt'}"]
-    return [*_common(folder, seed), "compress=null", "pretrain=null", "evaluate.held_out_images=0", *start]
+    return [*_common(folder, seed), "compress=null", "pretrain=null", "evaluate.held_out_images=250", *start]
 
 
 def directory_of(cell: Cell, work: Path, seed: int) -> Path:
