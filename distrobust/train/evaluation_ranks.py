@@ -29,7 +29,7 @@ def evaluate(job: Job, workers: int = 1, progress: Progress | None = None) -> di
         rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if workers != 1:
             raise ConfigError(f"--workers {workers}: torchrun has started {num_ranks} already; leave --workers out")
-    _set_threads(job, int(os.environ["LOCAL_WORLD_SIZE"]) if num_ranks > 1 else workers)
+    _set_threads(job, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)) if num_ranks > 1 else workers)
     opened = Opened(job)
     opened.directory.open(opened.settings())
     if workers > 1:

@@ -54,7 +54,7 @@ def true_spread(net: nn.Module, step: int, num_ranks: int) -> dict[str, float]:
 class Watching:
     """Stands in for an optimizer with an observer of its own."""
 
-    wants_mean, width, is_due = False, 2, True
+    wants_mean, width, is_due, noise = False, 2, True, "watched"
 
     def __init__(self, inner: torch.optim.Optimizer, rank: int, wants_mean: bool) -> None:
         self.optimizers, self.ratios, self.rank, self.wants_mean = [inner], dict[str, float](), rank, wants_mean
